@@ -15,7 +15,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Lock
+from threading import Lock, current_thread
 from types import FrameType, MethodType
 from typing import Any
 
@@ -36,6 +36,7 @@ class PipelineOfRun:
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
         self.copies: dict[int, Any] = {}  # by the ids of the user's own objects
+        self.thread = current_thread()  # in which the call is made
         self._originals: list[Any] = []  # they keep their ids as long as they are here
 
     @contextmanager
@@ -49,6 +50,7 @@ class PipelineOfRun:
                     self._originals = stateful_parts(self.pipeline)
                     self.pipeline = copied_pipeline(self.pipeline, self.copies)
                 parts = stateful_parts(self.pipeline)
+                self.thread = current_thread()
                 used |= dict.fromkeys(map(id, parts), self)
                 _in_use.update(used)
             with ExitStack() as changes:
@@ -60,8 +62,15 @@ class PipelineOfRun:
                 _in_use.pop(number, None)
 
 
+def _user_of(part: Any) -> PipelineOfRun | None:
+    """Return the run that uses a pipeline or a component. A run that its thread left open when it ended uses nothing:
+    it cannot go on, and nothing can unwind it."""
+    run = _in_use.get(id(part))
+    return run if run is not None and run.thread.is_alive() else None
+
+
 def _is_used(pipeline: DiffusionPipeline) -> bool:
-    return not _in_use.keys().isdisjoint(map(id, stateful_parts(pipeline)))
+    return any(_user_of(part) is not None for part in stateful_parts(pipeline))
 
 
 def _is_running(pipeline: DiffusionPipeline) -> bool:
@@ -106,7 +115,7 @@ def _changes(parts: list[Any]) -> Iterator[tuple[type, str, Callable]]:
             yield cls, name, change
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # so that classes made in functions do not stay for good
 def _calling_a_copy(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method `__call__` that calls a copy of a pipeline that is in use."""
 
@@ -125,8 +134,8 @@ def _calling_a_copy(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_inner(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline of a run calls a pipeline that it holds, and not its callback one that is running."""
-    called, run = list(_called(_frames())), _in_use.get(id(pipeline))
-    is_part = run is not None and bool(called) and _in_use.get(id(called[0])) is run
+    called, run = list(_called(_frames())), _user_of(pipeline)
+    is_part = run is not None and bool(called) and _user_of(called[0]) is run
     return is_part and all(one is not pipeline for one in called)
 
 
@@ -134,15 +143,15 @@ def _unchanged(method: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(method, "unchanged", method)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # so that classes made in functions do not stay for good
 def _of_one_pipeline(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method `set_timesteps` that raises an error if a pipeline calls it on the scheduler of another's run."""
 
     @functools.wraps(method)
     def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        run = _in_use.get(id(scheduler))
+        run = _user_of(scheduler)
         pipeline = None if run is None else next(_called(_frames()), None)
-        if pipeline is not None and _in_use.get(id(pipeline)) is not run:
+        if pipeline is not None and _user_of(pipeline) is not run:
             raise InputError(
                 f"{type(pipeline).__name__} has the same {type(scheduler).__name__} as the pipeline of a run that is "
                 "open, and would change the steps of the run. Call DiffusionModel(pipeline)(...), which uses a copy, "

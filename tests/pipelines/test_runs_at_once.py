@@ -317,3 +317,19 @@ def test_noise_without_a_generator_has_the_seed_of_the_run(pipe):
     assert pipe.scheduler.seeds_seen == [3, 4]
     assert pipe.scheduler.noise_sampler_seed is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_run_that_its_thread_left_open_uses_nothing(pipe):
+    model, left = DiffusionModel(pipe), []
+
+    def leave_open():
+        run = model.generate(**CALL, seed=0)
+        run.unet.mid_block.output
+        left.append(run)
+
+    thread = Thread(target=leave_open)
+    thread.start()
+    thread.join()
+    left.clear()
+    pipe(**CALL | {"num_inference_steps": 4})
+    assert len(pipe.scheduler.timesteps) == 4  # the pipeline itself was called, not a copy
