@@ -8,6 +8,7 @@ import torch
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
+from models import diffusion
 
 CALL = {"prompt": "a red circle above a blue square", "num_inference_steps": 5, "output_type": "pt"}
 SCHEDULERS = [
@@ -20,9 +21,7 @@ SCHEDULERS = [
 
 @pytest.fixture
 def pipe():
-    pipe = DiffusionModel("diffsight/shapes-clip").pipeline
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return diffusion.stable_diffusion()
 
 
 def bare(pipe, seed=0, **more):
