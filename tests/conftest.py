@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about random weights and missing packages
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and waiting for it takes 20 s each time
 torch.set_num_threads(1)  # the models are small
+gc.disable()  # while the tests are collected, which leaves little garbage
+gc.set_threshold(700, 10, 100)  # full collections are rare, as there is a lot to look through
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -20,6 +22,7 @@ def short_garbage_collections():
     """Leave out of garbage collections what earlier files have loaded. Otherwise they take a seventh of the time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
