@@ -11,7 +11,6 @@ are often used again.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 from weakref import ref
 
@@ -48,24 +47,28 @@ class LateEdits:
         """Note the versions of the tensors after the model has moved, and watch the point that it has `left`."""
         self.noted = moves.count
         watched = self.watched
-        while watched and watched[0][0]() is None:
-            watched.popleft()
-        for entry in watched:
-            tensor = entry[0]()
-            if tensor is not None:
-                entry[1] = tensor._version
-        if left is not None and left.reader is not None and left.weak is not None:
+        if watched:
+            while watched and watched[0][0]() is None:
+                watched.popleft()
+            for entry in watched:
+                tensor = entry[0]()
+                if tensor is not None:
+                    entry[1] = tensor._version
+        if left is not None and left.reader is not None:  # somebody has read it, and it is an output
             weak = left.weak
-            self.watch(left, (weak(),) if type(weak) is ref else left.held())
+            if type(weak) is ref:  # the usual case: a tensor, which is quick to watch
+                self.watch(left, weak())
+            elif weak is not None:
+                for leaf in left.held():
+                    self.watch(left, leaf)
 
-    def watch(self, point: Point, leaves: Iterable[Any]) -> None:
-        """Watch the value of a point that the model has passed, which consists of these leaves."""
-        for leaf in leaves:
-            if type(leaf) is Tensor:  # a parameter is changed by whoever trains it
-                try:
-                    self.watched.append([ref(leaf), leaf._version, point])
-                except RuntimeError:  # an inference tensor: PyTorch does not count its changes
-                    continue
+    def watch(self, point: Point, leaf: Any) -> None:
+        """Watch a part of the value of a point that the model has passed, if it is a tensor."""
+        if type(leaf) is Tensor:  # a parameter is changed by whoever trains it
+            try:
+                self.watched.append([ref(leaf), leaf._version, point])
+            except RuntimeError:  # an inference tensor: PyTorch does not count its changes
+                return
 
     def changed(self) -> list[tuple[Point, Tensor]]:
         """Return the points whose values a body has changed in place since the model last moved, and the tensors.

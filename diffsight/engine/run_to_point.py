@@ -123,7 +123,7 @@ class Flow(RunEnd):
             point.copies.clear()  # somebody has them now
         if asked.kind == OUTPUT:
             frame = _getframe(3)  # of the code that asks for `.output`: the two between are the envoy's
-            point.reader, point.step = (frame.f_code, frame.f_lasti, frame.f_globals), self.clock.index
+            point.reader = frame.f_code, frame.f_lasti, frame.f_globals, self.clock.index
         if point is not self.parked:
             value = self._read_again(point, asked)
         else:
@@ -390,7 +390,8 @@ class Flow(RunEnd):
             point.is_unread = False
             point.let_go()
         if asked.kind == OUTPUT and not any(called is point for called in self._called):  # those the model never uses
-            unseen(self._late_edits.watch, point, tree_leaves(value))
+            for leaf in tree_leaves(value):
+                unseen(self._late_edits.watch, point, leaf)
         return value
 
     # ---- moving the model to a point
@@ -571,7 +572,7 @@ class Flow(RunEnd):
         """Raise OutOfOrderError if the model has certainly passed one of the points that a body has changed in place.
         Values of earlier steps are let pass, since the model may use them again."""
         for point, tensor in changed:
-            if point.step == self.clock.index and not unseen(shares_memory, tensor, self._open_to_changes()):
+            if point.step_read == self.clock.index and not unseen(shares_memory, tensor, self._open_to_changes()):
                 self._late_edits.watched.clear()  # so that it is reported once
                 raise order.edited_too_late(point, self.where)
 

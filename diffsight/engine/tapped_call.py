@@ -145,8 +145,7 @@ class Tap:
             function = self.target.uncompiled()
         versions = None
         if (OUTPUT, index) in self.awaited:
-            has_modes = _len_torch_function_stack()
-            versions = unseen(_versions, args, kwargs) if has_modes else _versions(args, kwargs)
+            versions = unseen(_versions, args, kwargs) if _len_torch_function_stack() else _versions(args, kwargs)
         # Like PyTorch, look for hooks before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
