@@ -214,10 +214,10 @@ class Points:
             flow = run.__dict__["_flow"] if run is not None else self._flow(part)
             target, call, selection = own["_target"], own["_call"], own["_part"]
             if call or selection is not None or target.name != FORWARD:
-                return flow.fetch(Asked(target, part, call, selection))
-            if part not in target.asked:
-                target.asked[part] = Asked(target, part)
-            return flow.fetch(target.asked[part])
+                asked = Asked(target, part, call, selection)
+            elif (asked := target.asked.get(part)) is None:
+                asked = target.asked[part] = Asked(target, part)
+            return flow.fetch(asked)
         except Exception as error:
             keep_attribute_error(self, error)
             if isinstance(error, DiffsightError):

@@ -64,8 +64,7 @@ class Point:
     copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
-    reader: tuple | None = None  # the code that read it last, the instruction in it, and its globals
-    step: int = -1  # in which it was read last
+    reader: tuple | None = None  # of an output: the code that read it last, the instruction, its globals, and the step
     replaced: Any = None  # the model's own value, if another one was assigned
 
     @property
@@ -82,7 +81,12 @@ class Point:
     @property
     def read_line(self) -> UsersLine | None:
         """The line that read the value last; None if that was diffsight's own code."""
-        return self.reader and UsersLine.of_instruction(*self.reader)
+        return self.reader and UsersLine.of_instruction(*self.reader[:-1])
+
+    @property
+    def step_read(self) -> int | None:
+        """The step in which an output was read last."""
+        return self.reader and self.reader[-1]
 
     def let_go(self) -> None:
         """Hold the value only weakly from now on, since the model moves on."""

@@ -127,7 +127,7 @@ class RunEnd:
         self._stands = outcome  # so that no value is held
         self.clock.call = None
         self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
-        self._late_edits.clear()
+        self._late_edits.watched.clear()
         self._called.clear()
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None

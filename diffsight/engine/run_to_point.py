@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent
+from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.innermost_run import current_edit
-from diffsight.engine.late_edits import moves
+from diffsight.engine.late_edits import moves, shares_memory
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
@@ -38,7 +39,7 @@ from diffsight.engine.run_end import RunEnd
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join
 from diffsight.engine.threads import THIS_THREAD, calls_in_threads, check_runs_thread
-from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
+from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state, unseen
 from diffsight.engine.turns import Body
 from diffsight.engine.users_line import users_line
 from diffsight.errors import (
@@ -120,14 +121,11 @@ class Flow(RunEnd):
             point = self._find(tap, first, asked, scope)
         if point.copies:
             point.copies.clear()  # somebody has them now
-        frame = _getframe(3)  # of the code that asks for `.output`: the two between are the envoy's
-        point.reader, point.step = (frame.f_code, frame.f_lasti, frame.f_globals), self.clock.index
+        if asked.kind == OUTPUT:
+            frame = _getframe(3)  # of the code that asks for `.output`: the two between are the envoy's
+            point.reader = frame.f_code, frame.f_lasti, frame.f_globals, self.clock.index
         if point is not self.parked:
             value = self._read_again(point, asked)
-        elif asked.part == "output":
-            value, read = point.value, self._late_edits.read
-            if not read or read[-1] is not point:
-                read.append(point)
         else:
             value = first_input(point.value, asked) if asked.part == "input" else point.value
         return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
@@ -203,7 +201,7 @@ class Flow(RunEnd):
         scope = self.scope
         scope.stop_at_steps = True
         while self.outcome is None and self.clock.index <= scope.step and not self.clock.is_over:
-            self._resume() if scope is self._scope else self._beside().wait([])
+            self._resume() if scope is self._scope else self._beside().wait()
         if self.outcome is not None or self.clock.index <= scope.step:
             return False
         scope.step, scope.in_step = self.clock.index, True
@@ -391,8 +389,9 @@ class Flow(RunEnd):
         if point.is_unread:
             point.is_unread = False
             point.let_go()
-        if not any(called is point for called in self._called):  # otherwise the model never uses it
-            self._late_edits.read_again(point, value)
+        if asked.kind == OUTPUT and not any(called is point for called in self._called):  # those the model never uses
+            for leaf in tree_leaves(value):
+                unseen(self._late_edits.watch, point, leaf)
         return value
 
     # ---- moving the model to a point
@@ -462,38 +461,43 @@ class Flow(RunEnd):
 
     def _advance_to(self, tap: Tap, key: PointKey, asked: Asked, scope: Scope) -> Point:
         """Let the model run until it parks at the point."""
-        guard, step = None, self.clock.index
-        if tap.entered or tap.unseen or tap.origin.guard:  # otherwise it is certain to lie ahead
-            if order.has_passed(tap, key, scope, step) and not order.is_ahead(tap, key, scope):
-                raise order.too_late(asked, "asked for", self.where)
-            guard = order.guard_of(tap, scope, step)
-        end = None  # the end of the call within which the point passes, if it does at all
-        if guard is not None:
-            end = guard[0], (OUTPUT, guard[1])
-        elif not tap.is_module and asked.target.is_value:
-            end = self.taps[asked.target.outer.key], (OUTPUT, key[1])
+        end = None
+        if tap.entered or tap.unseen or tap.origin.guard or not tap.is_module:  # otherwise it is certain to lie ahead
+            end = self._last_chance(tap, key, asked, scope)
         in_step, point = scope.in_step, None
-        waits = ((tap, key),) if end is None else ((tap, key), end)
-        for other, other_key in waits:
-            other.awaited[other_key] = (*other.awaited.get(other_key, ()), in_step)
+        tap.await_point(key, in_step)
+        if end is not None:
+            end[0].await_point(end[1], in_step)
         try:
             while self.outcome is None and not (in_step and self.clock.index > scope.step):
                 # The body that opened the run moves the model; the others sleep until the model is where they wait.
-                point = self._resume() if scope is self._scope else current().wait(waits)
+                point = self._resume() if scope is self._scope else current().wait((tap, key), end)
                 if point is not None and ((point.tap is tap and point.key == key) or (point.tap, point.key) == end):
                     break
                 point = None
         finally:
-            for other, other_key in waits:
-                waiting = other.awaited.pop(other_key, ())  # an interrupt may have left nothing
-                if len(waiting) > 1:
-                    left = waiting.index(in_step)
-                    other.awaited[other_key] = (*waiting[:left], *waiting[left + 1 :])
+            tap.stop_awaiting(key, in_step)
+            if end is not None:
+                end[0].stop_awaiting(end[1], in_step)
         if point is None or point.tap is not tap:
             raise self._not_reached(asked, point, scope)
         if tap.unseen and order.has_unseen_calls(tap, scope, self.clock.index):
             raise self._not_reached(asked, point, scope)
         return point
+
+    def _last_chance(self, tap: Tap, key: PointKey, asked: Asked, scope: Scope) -> tuple[Tap, PointKey] | None:
+        """Return the end of the call within which a point passes, if it does at all; None if that is not known.
+
+        Raises OutOfOrderError if the model has passed the point."""
+        step = self.clock.index
+        if order.has_passed(tap, key, scope, step) and not order.is_ahead(tap, key, scope):
+            raise order.too_late(asked, "asked for", self.where)
+        guard = order.guard_of(tap, scope, step)
+        if guard is not None:
+            return guard[0], (OUTPUT, guard[1])
+        if not tap.is_module and asked.target.is_value:
+            return self.taps[asked.target.outer.key], (OUTPUT, key[1])
+        return None
 
     def _not_reached(self, asked: Asked, point: Point | None, scope: Scope) -> OutOfOrderError:
         """Return the error for a wait that ended at `point`, or without one."""
@@ -525,23 +529,28 @@ class Flow(RunEnd):
             self.coroutine = Coroutine(self.function, self, self.state)
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
         coroutine, late_edits = self.coroutine, self._late_edits
+        state = coroutine.state.now()
         while True:
-            if late_edits.watched and (point := late_edits.find(self.clock.index, self._open_to_changes)) is not None:
-                raise order.edited_too_late(point, self.where)
+            if late_edits.watched and (
+                changed := late_edits.changed() if state.is_plain else unseen(late_edits.changed)
+            ):
+                self._check_late_edits(changed)
             if self._called and call is None:
                 self._let_go_of_called()
-            self.parked = None
+            left, self.parked = self.parked, None
             moves.count += 1
             self.taps.hooked.renew()  # before the model moves
             try:
-                value = coroutine.resume(call)
+                value = coroutine.resume(call, body=state)
             except BaseException as error:
                 self._fail(error)
                 raise
             if coroutine.dead:
                 return self._end_with(coroutine.result)
-            if late_edits.read or late_edits.watched:
-                late_edits.note()
+            if state.is_plain:
+                late_edits.note(left)
+            else:
+                unseen(late_edits.note, left)
             if type(value) is InnerCall:
                 self.parked, turns, continues = bodies.end_call()
                 if value.asker is None:
@@ -558,6 +567,14 @@ class Flow(RunEnd):
                 return None
             if call is None and not continues:
                 return self.parked
+
+    def _check_late_edits(self, changed: list[tuple[Point, torch.Tensor]]) -> None:
+        """Raise OutOfOrderError if the model has certainly passed one of the points that a body has changed in place.
+        Values of earlier steps are let pass, since the model may use them again."""
+        for point, tensor in changed:
+            if point.step_read == self.clock.index and not unseen(shares_memory, tensor, self._open_to_changes()):
+                self._late_edits.watched.clear()  # so that it is reported once
+                raise order.edited_too_late(point, self.where)
 
     def _open_to_changes(self) -> list[Any]:
         """Return the values that a body may change in place: where the model stands, and those that are assigned

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import DisableTorchFunction, _len_torch_function_stack
+from torch._C import _len_torch_function_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn import Parameter
@@ -26,7 +26,7 @@ from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, Po
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.threads import calls_in_threads
-from diffsight.engine.torch_state import TorchState
+from diffsight.engine.torch_state import TorchState, unseen
 from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import DiffsightError, warn_user
@@ -144,8 +144,8 @@ class Tap:
         if self.inside:
             function = self.target.uncompiled()
         versions = None
-        if self.awaited and (OUTPUT, index) in self.awaited:
-            versions = _versions(args, kwargs)
+        if (OUTPUT, index) in self.awaited:
+            versions = unseen(_versions, args, kwargs) if _len_torch_function_stack() else _versions(args, kwargs)
         # Like PyTorch, look for hooks before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
@@ -192,7 +192,7 @@ class Tap:
 
     def has_changed_given(self) -> bool:
         """Whether the call at whose output the model stands has changed one of its inputs in place."""
-        if self.given_versions is not None and self.given_versions != _versions(*self.given):
+        if self.given_versions is not None and self.given_versions != unseen(_versions, *self.given):
             return True
         self.given_versions = None  # from here on, only the body changes them
         return False
@@ -313,6 +313,17 @@ class Tap:
         if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
             self.hooks = (*self.hooks, self.target.owner.register_forward_pre_hook(lambda *_: None))
 
+    def await_point(self, key: PointKey, in_step: bool) -> None:
+        """A body waits for a point from now on, perhaps within a step only."""
+        self.awaited[key] = (*self.awaited.get(key, ()), in_step)
+
+    def stop_awaiting(self, key: PointKey, in_step: bool) -> None:
+        """The wait is over."""
+        waiting = self.awaited.pop(key, ())  # an interrupt may have left nothing
+        if len(waiting) > 1:
+            left = waiting.index(in_step)
+            self.awaited[key] = (*waiting[:left], *waiting[left + 1 :])
+
     def add_keeper(self, kind: str, keep: "Callable[[Tap, int, Any], None]") -> None:
         """Show every value that passes a kind of point to `keep`."""
         self.keepers = self.keepers or {}
@@ -387,11 +398,8 @@ class LearningTap(Tap):
         return super().enter(args, kwargs)
 
 
-def _versions(args: tuple, kwargs: dict, are_modes_off: bool = False) -> list[int]:
+def _versions(args: tuple, kwargs: dict) -> list[int]:
     """Return how often each of the tensors among the arguments of a call was changed in place."""
-    if _len_torch_function_stack() and not are_modes_off:
-        with DisableTorchFunction():  # the user's function modes must not see this
-            return _versions(args, kwargs, are_modes_off=True)
     versions = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if type(value) is Tensor or type(value) is Parameter:

@@ -32,6 +32,7 @@ from torch import (
     is_inference_mode_enabled,
 )
 from torch._C import (
+    DisableTorchFunction,
     _get_cudnn_sdp_enabled,
     _get_dispatch_stack_at,
     _get_flash_sdp_enabled,
@@ -280,6 +281,13 @@ def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) ->
     changes = state.inference != is_inference_mode_enabled()
     with torch.inference_mode(state.inference) if changes else nullcontext(), state.active():
         return function()
+
+
+def unseen(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function where no function modes are active; return its result. Even looking up an attribute of a tensor
+    calls them."""
+    with DisableTorchFunction():
+        return function(*args)
 
 
 def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:

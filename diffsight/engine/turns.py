@@ -5,7 +5,7 @@ the edits of the model, and the functions of `run.each`. Where the model parks, 
 order in which they were made; then the functions; then the body that opened the run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from diffsight.engine.coroutine import Coroutine, InnerCall
@@ -35,14 +35,14 @@ class Body(Coroutine):
         super().__init__(function, None, state)
         self.flow = flow
         self.scope = Scope()
-        self.waits: Sequence[tuple[Tap, PointKey]] = ()
+        self.waits: list[tuple[Tap, PointKey]] = []
         self.point: Point | None = None  # the point it was woken at; None if its wait is over
         self.call: InnerCall | None = None  # the call it wants the model's coroutine to make
         self.asks = False  # whether it sleeps until that call is made
 
-    def wait(self, waits: Sequence[tuple[Tap, PointKey]]) -> Point | None:
+    def wait(self, *waits: tuple[Tap, PointKey] | None) -> Point | None:
         """Sleep until the model is at one of the points, or the wait is over. Called from the body."""
-        self.waits, self.point = waits, None
+        self.waits, self.point = [wait for wait in waits if wait is not None], None
         self.park(None)
         return self.point
 
