@@ -59,6 +59,12 @@ each_size = pytest.mark.parametrize(("case", "images"), [(CASES[name], n) for na
 branches = pytest.mark.parametrize("branch", ["cond", "uncond"])
 
 
+@functools.cache
+def built(case):
+    """Return the pipeline of a case, which all tests share: a run leaves nothing behind."""
+    return case.build()
+
+
 # By hand
 
 
@@ -82,7 +88,7 @@ def changed_at(pipe, path, change):
 
 def draw_changed(case, images=1, **changes):
     """Return what the bare pipeline draws. `changes` maps paths, with __ for dots, to functions that change outputs."""
-    pipe = case.build()
+    pipe = built(case)
     with ExitStack() as stack:
         for path, change in changes.items():
             stack.enter_context(changed_at(pipe, path.replace("__", "."), change))
@@ -107,7 +113,7 @@ def outputs_at(case, path, images=1):
 
 
 def generate(case, images=1, **changes):
-    return DiffusionModel(case.build()).generate(**case.inputs(images, **changes), seed=SEED)
+    return DiffusionModel(built(case)).generate(**case.inputs(images, **changes), seed=SEED)
 
 
 # Denoisers

@@ -1,6 +1,7 @@
 """Values in diffusion runs: reading and editing, against hooks and patches written by hand."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,17 @@ from models import diffusion
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
 TEXT = [name for name, kind in diffusion.ALL_PIPELINES.items() if kind.text_encoder_layer]
 LATENT = [name for name, kind in diffusion.ALL_PIPELINES.items() if kind.decode]
+
+
+@functools.cache
+def built(kind):
+    return kind.build()
+
+
+@pytest.fixture
+def pipe(kind):
+    """Return a pipeline that all tests share: a run leaves nothing behind."""
+    return built(kind)
 
 
 # Reading
