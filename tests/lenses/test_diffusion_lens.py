@@ -476,10 +476,10 @@ def test_a_folder_in_the_users_home(result, tmp_path, monkeypatch):
 def test_all_layers_of_the_packaged_pipeline_in_one_call():
     model = DiffusionModel("diffsight/shapes-clip")
     model.set_progress_bar_config(disable=True)
-    result = diffusion_lens(model, PROMPT, seed=2, progress=False, num_inference_steps=6)
+    result = diffusion_lens(model, PROMPT, seed=2, progress=False, num_inference_steps=2)
     assert result.layers == ("embedding", *range(12))
     for layer, image in zip(result.layers, result.images, strict=True):
-        assert close_image(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=6))
+        assert close_image(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=2))
 
 
 def test_the_lens_on_the_packaged_pipeline(tmp_path):

@@ -78,10 +78,19 @@ def settings(name):
     return arguments
 
 
+class Seen(Exception):
+    """What a hook was put there for was seen: the rest of the run is not needed."""
+
+
 def state_of(name, pipe, encoder, layer, prompt):
     """Return the hidden state of the prompt, (1, tokens, features)."""
     states = []
-    with at_layer(getattr(pipe, encoder), layer, lambda state, call: states.append(state.clone())):
+
+    def keep(state, call):
+        states.append(state.clone())
+        raise Seen
+
+    with at_layer(getattr(pipe, encoder), layer, keep), contextlib.suppress(Seen):
         draw_first(name, pipe, prompt=prompt)
     return states[0]
 
@@ -103,10 +112,14 @@ def draw_patched(name, pipe, encoder, layer, tokens, state):
 def place_of(pipe, name, encoder, word, prompt):
     """Return the tokens of a word among those that the encoder reads."""
     seen = []
-    handle = getattr(pipe, encoder).register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
-    )
-    draw_first(name, pipe, prompt=prompt)
+
+    def keep(module, args, kwargs):
+        seen.append(args[0] if args else kwargs["input_ids"])
+        raise Seen
+
+    handle = getattr(pipe, encoder).register_forward_pre_hook(keep, with_kwargs=True)
+    with contextlib.suppress(Seen):
+        draw_first(name, pipe, prompt=prompt)
     handle.remove()
     tokenizer = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
     ids = seen[0][0].tolist()
