@@ -12,9 +12,12 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 _FILES = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
+
+_DRAWS = ((PreTrainedModel, "initialize_weights"), (nn.Linear, "reset_parameters"), (_ConvNd, "reset_parameters"))
 
 _loading = RLock()
 
@@ -32,9 +35,11 @@ def without_weights() -> Iterator[None]:
     """Build modules on the meta device in the block.
 
     accelerate changes a method of all modules for this, so only one thread at a time can be in the block, and no other
-    thread can load weights meanwhile. transformers does not draw initial values, which would take half of the time and
-    which modules on the meta device cannot hold."""
-    with _loading, init_empty_weights(), _replaced(PreTrainedModel, "initialize_weights", lambda model: None):
+    thread can load weights meanwhile. No initial values are drawn, which would take half of the time and which modules
+    on the meta device cannot hold."""
+    with _loading, init_empty_weights(), ExitStack() as replaced:
+        for kind, name in _DRAWS:
+            replaced.enter_context(_replaced(kind, name, lambda module: None))
         yield
 
 
