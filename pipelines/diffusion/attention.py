@@ -6,7 +6,7 @@
     attention.grid                              # (8, 8): rows and columns of the image positions among its queries
     attention.text["text_encoder"]              # the key of each token of this text encoder
 
-Nothing is looked up by the name of a pipeline. In several runs, different tokens and positions are changed in the
+Nothing is looked up by the name of a pipeline. For several images, different tokens and positions are changed in the
 inputs of the denoiser and found again among its queries and keys, see `attention_search.py`.
 """
 
@@ -24,8 +24,9 @@ from diffsight.extending import Model, Run, flow_of, join, model_of, owner_of
 from diffsight.pipelines.attention.attention_modules import attentions_in, count_heads, why_hidden
 from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.diffusion.attention_search import ImageSearch, as_range, text_keys
-from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, Key, Trace
+from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer
 from diffsight.pipelines.diffusion.batch_layouts import COND
+from diffsight.pipelines.diffusion.cut_attention import Key, Trace
 from diffsight.pipelines.diffusion.encoding import PLAIN_PROMPT, required_arguments
 from diffsight.pipelines.diffusion.run import progress_bar
 
@@ -111,8 +112,9 @@ class Attentions(Mapping[str, Attention]):
 def find_attentions(model: Model, prompt: str | None = None, **arguments: Any) -> Attentions:
     """Return the attention products of the denoiser of a `DiffusionModel`.
 
-    The pipeline runs up to its denoiser about twenty times, and once or twice for a few steps. The results for a
-    pipeline are kept: later calls with inputs of the same length and size run up to the denoiser only once.
+    The pipeline draws about twenty images up to the first call of its denoiser, and a few for two steps. If they are
+    small, it draws several in one run. The results for a pipeline are kept: later calls with inputs of the same length
+    and size run up to the denoiser only once.
 
     Args:
         model: The model.

@@ -5,12 +5,14 @@ recorded, see `attention_tracing.py`.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import product, starmap
 from typing import Any, NamedTuple
 
 import torch
 
-from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, Key, Trace, difference
+from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, TracedChange, difference
+from diffsight.pipelines.diffusion.cut_attention import Key, Trace
 
 _CHANGED = 1e-3  # relative to the length of a query or key
 _OWN = 0.05  # relative to the largest change of a key
@@ -25,18 +27,20 @@ def text_keys(
 ) -> dict[Key, tuple[int | None, ...]]:
     """Return the key of each token of a text encoder, for each product whose keys include tokens.
 
-    Tokens are numbered from 1, and there is one run for each bit of the numbers. A run changes the tokens whose number
-    has this bit, so the runs in which a key changes spell the number of its token."""
+    Tokens are numbered from 1, and there is one change for each bit of the numbers. It changes the tokens whose number
+    has this bit, so the changes with which a key changes spell the number of its token."""
     count = tracer.tokens[encoder]
     if not count:
         return {}
-    every = tracer.trace(text=(encoder, range(count)))
+    bits = range(count.bit_length())
+    numbered = [[token for token in range(count) if (token + 1) >> bit & 1] for bit in bits]
+    traces = tracer.traces([TracedChange(text=(encoder, tokens)) for tokens in (range(count), *numbered)])
+    every = next(traces)
     whole = {key: difference(every[key].keys, plain[key].keys) for key in plain}
     if all((change <= _CHANGED).all() for change in whole.values()):
         return {}
     tokens = {key: torch.zeros(len(change), dtype=torch.long) for key, change in whole.items()}
-    for bit in range(count.bit_length()):
-        changed = tracer.trace(text=(encoder, [t for t in range(count) if (t + 1) >> bit & 1]))
+    for bit, changed in zip(bits, traces):
         for key, change in whole.items():
             part = difference(changed[key].keys, plain[key].keys)
             tokens[key] += (part > change / 2).long() << bit
@@ -84,17 +88,22 @@ class ImageSearch:
         decoded = tracer.decoded() if len(tracer.image) != 3 else None
         self._sizes, self._axes = _layout(tracer.image, tracer.latents)
         self.height = self._sizes[1]
-        every = tracer.trace(image=lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
+        possible = starmap(_Stripes, product(range(3), (2, 4), (False, True))) if self._axes else ()
+        stripes = [one for one in possible if self._sizes[one.axis] >= one.count]
+        masks = [
+            lambda tensor: torch.ones_like(tensor, dtype=torch.bool),
+            *(partial(self._where, stripes=one) for one in stripes),
+        ]
+        every, *parts = tracer.traces([TracedChange(image=mask) for mask in masks])
         self.queries = {k: _changed(every[k].queries, plain[k].queries) for k in plain}
         self.keys = {k: set(_changed(every[k].keys, plain[k].keys)) for k in plain}
         seen = tracer.trace(references=True) if tracer.drawn is not None else plain
         self.references = {k: _changed(seen[k].queries, plain[k].queries) for k in plain}
         self._problem = None if self._axes else f"the positions of the image in {tracer.image} were not found"
-        self._changes: dict[_Stripes, dict[Key, torch.Tensor]] = {}
-        for stripes in starmap(_Stripes, product(range(3), (2, 4), (False, True))) if self._axes else ():
-            if self._sizes[stripes.axis] >= stripes.count:
-                changed = tracer.trace(image=lambda tensor, stripes=stripes: self._where(tensor, stripes))
-                self._changes[stripes] = {k: difference(changed[k].queries, plain[k].queries) for k in plain}
+        self._changes: dict[_Stripes, dict[Key, torch.Tensor]] = {
+            one: {k: difference(changed[k].queries, plain[k].queries) for k in plain}
+            for one, changed in zip(stripes, parts)
+        }
         if self._axes and len(tracer.image) == 2 and not self._is_decoded_there(decoded):
             self._problem = "the order of the image positions that go into the denoiser was not found"
 
@@ -156,8 +165,9 @@ class ImageSearch:
         """Return whether the decoded latents change where image positions in the denoiser's input were changed."""
         if plain is None:
             return False
-        for stripes in [stripes for stripes in self._changes if not stripes.odd]:
-            changed = self._tracer.decoded(lambda tensor, stripes=stripes: self._where(tensor, stripes))
+        even = [stripes for stripes in self._changes if not stripes.odd]
+        masks = [TracedChange(image=partial(self._where, stripes=stripes)) for stripes in even]
+        for stripes, changed in zip(even, self._tracer.all_decoded(masks)):
             change = (changed - plain).abs().sum((0, 1)).reshape(self._sizes).movedim(stripes.axis, 0)
             inside = stripes.contain(self._input_size(stripes.axis))
             inside = inside.repeat_interleave(len(change) // len(inside))

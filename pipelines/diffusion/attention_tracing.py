@@ -1,60 +1,45 @@
 """Follow tokens and positions of the image into the attention modules of a denoiser.
 
 Parts of the denoiser's input are changed. The queries and keys that change with them belong to the same tokens and
-positions. To keep a change from reaching anything else, all operations that mix places are cut in the denoiser:
-attention adds nothing, a convolution uses only the middle of its kernel, and a group norm normalizes each place alone.
+positions. To keep a change from reaching anything else, all operations that mix places are cut in the denoiser, see
+`cut_attention.py`.
 
-    tracer = AttentionTracer(model, prompt, arguments)
-    plain = tracer.trace()                                  # {("blocks.0.attn", 0): Trace}
-    changed = tracer.trace(text=("text_encoder", [3]))      # with token 3 of a text encoder changed
-    difference(changed[key].keys, plain[key].keys)          # how much each key has changed, (keys,)
+    tracer = AttentionTracer(model, arguments)
+    plain = tracer.trace()                                              # {("blocks.0.attn", 0): Trace}
+    changed = tracer.trace(TracedChange(text=("text_encoder", [3])))    # with token 3 of a text encoder changed
+    difference(changed[key].keys, plain[key].keys)                      # how much each key has changed, (keys,)
 """
 
-import sys
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import FrameType, SimpleNamespace
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
-from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
 from diffsight.extending import Model, Run, flow_of, owner_of
-from diffsight.pipelines.attention.attention_modules import is_named_attention
-from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
-from diffsight.pipelines.attention.eager_attention import EagerAttention
-from diffsight.pipelines.attention.product_dispatch import WATCHED
-from diffsight.pipelines.attention.sdpa_attention import (
-    MULTI_HEAD_ATTENTION,
-    SCALED_DOT_PRODUCT,
-    FusedCall,
-    without_dispatch,
-)
-from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
+from diffsight.pipelines.diffusion.cut_attention import CutAttention, Inseparable, Key, Trace
 from diffsight.pipelines.diffusion.denoising_clock import denoisers
 
-_FEATURES = 16  # the number of features kept of a query or key
-Key = tuple[str, int]  # the path of a module in the denoiser, and the number of its product in a call
+_BATCH = 2**15  # numbers in the images of one run with several changes: a run of a large pipeline makes only one
 
 
-@dataclass(eq=False)
-class Trace:
-    """A product in one call of the denoiser.
+@dataclass(frozen=True)
+class TracedChange:
+    """What is changed in a run.
 
     Attributes:
-        shape: (batch, heads, queries, keys).
-        queries: A random projection of the queries of the conditional branch, (queries, features).
-        keys: A random projection of the keys, (keys, features).
+        text: The name of a text encoder, and which of its tokens are changed.
+        image: Returns a mask of the changed places, for an input tensor with one or several images.
     """
 
-    shape: tuple[int, ...]
-    queries: torch.Tensor = field(repr=False)
-    keys: torch.Tensor = field(repr=False)
+    text: tuple[str, Sequence[int]] | None = None
+    image: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -78,6 +63,7 @@ class AttentionTracer:
         self._positions = 0  # the length of that sequence
         self.latents: tuple[int, ...] = ()  # the shape of the decoded latents for one image; () if unknown
         self.tokens: dict[str, int] = {}  # the number of tokens that each text encoder returns
+        self._is_batched = True  # whether to draw several images in one run
 
     def inputs(self) -> Hashable:
         """Run the pipeline up to its denoiser, and return everything that determines the products of the first call.
@@ -91,27 +77,61 @@ class AttentionTracer:
     def inputs_of(self, run: Run) -> Hashable:
         """Return the same for a run that has not begun, which then stands at its denoiser."""
         for name in text_encoder_names(self._model.pipeline):
-            run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output, None))
+            run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output))
         given = tree_leaves(run[self.denoiser].inputs)
         module = owner_of(self._model[self.denoiser])
         shapes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in given)
         processors = tuple(type(getattr(part, "processor", None)) for part in module.modules())
         return self.denoiser, id(module), shapes, processors, tuple(self.tokens.items())
 
-    def trace(
-        self,
-        text: tuple[str, Sequence[int]] | None = None,
-        image: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        references: bool = False,
-    ) -> dict[Key, Trace]:
+    def trace(self, change: TracedChange = TracedChange(), references: bool = False) -> dict[Key, Trace]:
         """Return the products of the first call of the denoiser.
 
         Args:
-            text: The name of a text encoder, and which of its tokens are changed.
-            image: Returns a mask of the changed places, for an input tensor with one or several images.
+            change: What is changed.
             references: Whether reference images are changed.
         """
-        run, mode = self._opened(text, image)
+        (traces,) = self._traces([change], references)
+        return traces
+
+    def traces(self, changes: Sequence[TracedChange]) -> Iterator[dict[Key, Trace]]:
+        """Yield the products of the first call of the denoiser with each of several changes."""
+        return self._in_batches(changes, self._traces)
+
+    def decoded(self) -> torch.Tensor | None:
+        """Return the latents that are decoded after a few steps, (batch, channels, …), or None if none are decoded."""
+        (value,) = self._decoded([TracedChange()])
+        self.latents = () if value is None else tuple(value.shape[1:])
+        return value
+
+    def all_decoded(self, changes: Sequence[TracedChange]) -> Iterator[torch.Tensor]:
+        """Yield the latents that are decoded after a few steps with each of several changes."""
+        return self._in_batches(changes, self._decoded)
+
+    def _in_batches(
+        self, changes: Sequence[TracedChange], observe: Callable[[Sequence[TracedChange]], list]
+    ) -> Iterator:
+        """Yield what is observed with each of several changes.
+
+        A small pipeline draws several images in one run, with a change each. Not every pipeline can: some take only one
+        prompt, or do not keep the images apart."""
+        done = 0
+        while done < len(changes):
+            is_batched = self._is_batched and isinstance(self._arguments.get("prompt"), str)
+            batch = changes[done : done + max(1, _BATCH // math.prod(self.image) if is_batched else 1)]
+            try:
+                found = observe(batch)
+            except Exception:
+                if len(batch) == 1:
+                    raise
+                self._is_batched = False
+            else:
+                yield from found
+                done += len(batch)
+
+    def _traces(self, changes: Sequence[TracedChange], references: bool = False) -> list[dict[Key, Trace]]:
+        run = self._opened(changes)
+        mode = self._cut(run, len(changes))
         if references:
             run.follow(f"{self.denoiser}.input", self._change_references)
         with run:
@@ -119,23 +139,22 @@ class AttentionTracer:
             run.stop()
         return mode.traces
 
-    def decoded(self, image: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Return the latents that are decoded after a few steps, (batch, channels, …), or None if none are decoded."""
+    def _decoded(self, changes: Sequence[TracedChange]) -> list[torch.Tensor | None]:
         pipeline = self._model.pipeline
         decoders = [
             name for name, part in components(pipeline).items() if "decode" in traceable_methods(pipeline, part)
         ]
         arguments = {"num_inference_steps": 2} if "num_inference_steps" in self._model.argument_names else {}
-        run, _ = self._opened(None, image, **arguments)
-        if image is None and len(self.image) == 2:
+        run = self._opened(changes, **arguments)
+        self._cut(run)
+        if changes[0].image is None and len(self.image) == 2:
             self._follow_drawn(run)
         with run:
             value = None
             if decoders:
                 value = run[f"{decoders[0]}.decode"].input.detach().float().cpu()
             run.stop()
-        self.latents = () if value is None else tuple(value.shape[1:])
-        return value
+        return [None if value is None else _entries_of(value, number, len(changes)) for number in range(len(changes))]
 
     def _follow_drawn(self, run: Run) -> None:
         """Find the positions that the scheduler steps among those that go into the denoiser."""
@@ -162,34 +181,47 @@ class AttentionTracer:
             if isinstance(part, SchedulerMixin):
                 run.follow(f"{name}.step.inputs", compare)
 
-    def _opened(self, text: Any, image: Any, **more: Any) -> tuple[Run, "CutAttention"]:
-        run = self._model.generate(**{**self._arguments, **more}, seed=0)
-        module = owner_of(self._model[self.denoiser])
-        mode = CutAttention(module, lambda: flow_of(run).observer.entries(module, COND))
-        flow_of(run).add_mode(mode)
+    def _opened(self, changes: Sequence[TracedChange], **more: Any) -> Run:
+        arguments, seed = {**self._arguments, **more}, 0
+        if len(changes) > 1:
+            arguments |= {name: [text] * len(changes) for name, text in arguments.items() if _is_prompt(name, text)}
+            seed = [0] * len(changes)
+        run = self._model.generate(**arguments, seed=seed)
         for name in text_encoder_names(self._model.pipeline):
-            run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output, text))
-        run.follow(f"{self.denoiser}.input", lambda value: self._change_image(value, image))
-        return run, mode
+            run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output, changes))
+        run.follow(f"{self.denoiser}.input", lambda value: self._change_image(value, changes))
+        return run
 
-    def _change_text(self, name: str, output: Any, text: tuple[str, Sequence[int]] | None) -> None:
+    def _cut(self, run: Run, count: int = 1) -> "CutAttention":
+        """Cut the operations that mix places. Record the products for each of several prompts."""
+        module = owner_of(self._model[self.denoiser])
+        mode = CutAttention(module, lambda branch: flow_of(run).observer.entries(module, branch), count)
+        flow_of(run).add_mode(mode)
+        return mode
+
+    def _change_text(self, name: str, output: Any, changes: Sequence[TracedChange] = ()) -> None:
         hidden = [tensor for tensor in _tensors(output) if tensor.ndim == 3]
         self.tokens.setdefault(name, hidden[0].shape[1] if hidden else 0)
-        if text is None or text[0] != name:
-            return
-        for tensor in hidden:
-            tokens = [token for token in text[1] if token < tensor.shape[1]]
-            tensor[:, tokens] = -tensor[:, tokens].roll(tensor.shape[-1] // 2 + 1, -1)
+        for tensor, (number, change) in product(hidden, enumerate(changes)):
+            if change.text is not None and change.text[0] == name:
+                part = _entries_of(tensor, number, len(changes))
+                tokens = [token for token in change.text[1] if token < tensor.shape[1]]
+                part[:, tokens] = -part[:, tokens].roll(tensor.shape[-1] // 2 + 1, -1)
 
-    def _change_image(self, value: Any, where: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    def _change_image(self, value: Any, changes: Sequence[TracedChange]) -> None:
         tensors = _tensors(value)
-        self.image = self.image or tuple(tensors[0].shape if isinstance(value, (list, tuple)) else tensors[0].shape[1:])
-        for tensor in tensors if where is not None else ():
-            if self.drawn is not None and tensor.shape[1] == self._positions:
-                tensor = tensor[:, self.drawn]
-            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor)
-            place = where(tensor).to(tensor.device)
-            tensor.copy_(torch.where(place, 3 * noise, tensor))
+        is_list = isinstance(value, (list, tuple))  # of one image each
+        self.image = self.image or tuple(tensors[0].shape if is_list else tensors[0].shape[1:])
+        for number, change in enumerate(changes):
+            if change.image is None:
+                continue
+            for tensor in _entries_of(tensors, number, len(changes)) if is_list else tensors:
+                part = tensor if is_list else _entries_of(tensor, number, len(changes))
+                if self.drawn is not None and part.shape[1] == self._positions:
+                    part = part[:, self.drawn]
+                noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(1)).to(part)
+                place = change.image(part).to(part.device)
+                part.copy_(torch.where(place, 3 * noise, part))
 
     def _change_references(self, value: Any) -> None:
         for tensor in _tensors(value):
@@ -208,150 +240,19 @@ def denoiser_of(model: Model) -> str:
     return max(found, key=lambda name: sum(p.numel() for p in found[name].parameters()))
 
 
+def _is_prompt(name: str, value: Any) -> bool:
+    return isinstance(value, str) and name.removeprefix("negative_").startswith("prompt")
+
+
+def _entries_of(batch: Any, number: int, count: int) -> Any:
+    """Return those entries of a batch that belong to one of several prompts, which follow each other in each branch."""
+    if len(batch) % count:
+        raise Inseparable
+    return batch[number::count]
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     """Return the floating-point tensors in a value, each once."""
     leaves = value.values() if isinstance(value, Mapping) else [value]
     found = [leaf for leaf in tree_leaves(list(leaves)) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
     return list({(tensor.data_ptr(), tensor.shape): tensor for tensor in found}.values())
-
-
-class CutAttention(TorchFunctionMode):
-    """Records the queries and keys of every product in a module, and cuts all operations that mix places.
-
-    A product belongs to the innermost running module, not counting processors and softmax layers.
-
-    Args:
-        module: The denoiser.
-        entries: Returns the places of the conditional branch in its batch, or None if they are not known.
-    """
-
-    def __init__(self, module: nn.Module, entries: Callable[[], list[int] | None]) -> None:
-        super().__init__()
-        self._entries = entries
-        self.traces: dict[Key, Trace] = {}
-        self._paths = {id(part): path for path, part in module.named_modules()}
-        self._root = module
-        self._eager = EagerAttention()
-        self._attention: nn.Module | None = None  # the module whose products are followed now
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name not in WATCHED and name not in _PLACE_BY_PLACE and self._eager.is_empty:
-            return func(*args, **kwargs)
-        running = [*_running(sys._getframe(1))]
-        if self._root not in running:
-            self._eager.clear()
-            return func(*args, **kwargs)
-        if name in _PLACE_BY_PLACE:
-            return _PLACE_BY_PLACE[name](func, *args, **kwargs)
-        owner = next(m for m in running if not isinstance(m, nn.Softmax) and "Processor" not in type(m).__name__)
-        self._forget_others(owner, running)
-        probe = _Probe(self, owner, self._paths[id(owner)])
-        if name == MULTI_HEAD_ATTENTION:
-            with self:
-                return without_dispatch(func)(*args, **kwargs)
-        if name == SCALED_DOT_PRODUCT:
-            return FusedCall.of([probe], args, kwargs).run(func)
-        return self._eager.run([probe], name, func, args, kwargs)
-
-    def _forget_others(self, owner: nn.Module, running: list[nn.Module]) -> None:
-        """Forget the products of other modules, which would keep alive everything computed from them: a product without
-        a softmax, as in linear attention, is never used up."""
-        attention = next(filter(is_named_attention, running), None)
-        if self._attention not in running or attention not in (None, self._attention):
-            self._eager.clear()
-            self._attention = owner if attention is None else attention
-
-    def keep(self, path: str, product: AttentionProduct) -> None:
-        """Record a product of the module at a path."""
-        number = sum(known == path for known, _ in self.traces)
-        entries = self._entries()
-        entry = entries[0] if entries and entries[-1] < len(product.q) else -1
-        q, k = (_projected(tensor[entry]) for tensor in (product.q, product.k))
-        self.traces[path, number] = Trace(product.shape, q, k)
-
-
-def _convolution(
-    func: Callable,
-    tensor: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> torch.Tensor:
-    """Convolve with only the middle of the kernel: a kernel of size 1, which is fast and needs no copy of the weights.
-
-    A convolution that uses each place once is left unchanged."""
-    sizes = tuple(weight.shape[2:])
-    strides, dilations, paddings = (_of_axes(value, len(sizes)) for value in (stride, dilation, padding))
-    if sizes == strides:
-        return func(tensor, weight, bias, stride, padding, dilation, groups)
-    margins = []  # what is added to each axis, or cut off if negative, so that every output reads its middle
-    for axis in reversed(range(len(sizes))):  # the order of `pad`
-        length, reach = tensor.shape[tensor.ndim - len(sizes) + axis], dilations[axis] * (sizes[axis] - 1)
-        padded = {"same": reach, "valid": 0}[padding] if isinstance(padding, str) else 2 * paddings[axis]
-        before = padded // 2 - dilations[axis] * (sizes[axis] // 2)
-        outputs = (length + padded - reach - 1) // strides[axis] + 1
-        margins += [before, (outputs - 1) * strides[axis] + 1 - length - before]
-    middle = weight[(..., *(slice(size // 2, size // 2 + 1) for size in sizes))]
-    return func(nn.functional.pad(tensor, margins), middle, bias, stride, 0, 1, groups)
-
-
-def _of_axes(value: Any, count: int) -> tuple:
-    """Return a value for each axis."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * count if len(values) == 1 else values
-
-
-def _group_norm(
-    func: Callable,
-    tensor: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    """Normalize each place alone, instead of all places together."""
-    return nn.functional.layer_norm(tensor.movedim(1, -1), tensor.shape[1:2], weight, bias, eps).movedim(-1, 1)
-
-
-_PLACE_BY_PLACE = {"conv1d": _convolution, "conv2d": _convolution, "conv3d": _convolution, "group_norm": _group_norm}
-
-
-class _Probe:
-    """Stands in for the watched modules of a run, see `watched_modules.Watched`."""
-
-    def __init__(self, mode: CutAttention, owner: nn.Module, path: str) -> None:
-        self.calls = SimpleNamespace(target=SimpleNamespace(owner=owner, path=path))
-        self._mode, self._path = mode, path
-
-    def has_taps(self, value: str) -> bool:
-        return self.wants(value)
-
-    def wants(self, *values: str) -> bool:
-        return "attention_product" in values or "heads_output" in values
-
-    def through(self, value: str, current: Any) -> Any:
-        if value == "attention_product":
-            self._mode.keep(self._path, current)
-        return torch.zeros_like(current) if value == "heads_output" else current
-
-    def end_product(self) -> None:
-        pass
-
-
-def _running(frame: FrameType | None) -> Iterator[nn.Module]:
-    """Yield the modules whose calls are in progress, innermost first."""
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            yield frame.f_locals["self"]
-        frame = frame.f_back
-
-
-def _projected(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a random projection of (heads, tokens, features) to (tokens, 16), on the CPU."""
-    flat = tensor.transpose(0, 1).flatten(1).detach().float().cpu()
-    matrix = torch.randn(flat.shape[-1], _FEATURES, generator=torch.Generator().manual_seed(0))
-    return flat @ matrix

@@ -128,7 +128,7 @@ class DiffusionModel(HasEncoders, Model):
     @property
     def attentions(self) -> Attentions:
         """The attention modules of the denoiser by name, and what their queries and keys stand for. The first access
-        runs the pipeline up to its denoiser about twenty times to find out, see `find_attentions`."""
+        runs the pipeline up to its denoiser for about twenty images to find out, see `find_attentions`."""
         return self._found("_known_attentions", _attentions_there if is_on_server(self) else find_attentions)
 
     def _found(self, name: str, find: Callable[[Model], Any], sizes: Sequence[int] = ()) -> Any:

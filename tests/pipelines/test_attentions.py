@@ -122,6 +122,13 @@ def test_what_attends_to_what(name):
             assert taken.isdisjoint(one.image_keys) and len(one.image_keys) == len(one.image)
 
 
+def test_one_image_at_a_time():
+    """As in large pipelines. Small ones draw several images in one run."""
+    pipe, inputs = small("pixart_sigma")
+    found = find_attentions(DiffusionModel(pipe), **inputs | {"prompt": [inputs["prompt"]]})
+    assert [(one.kind, one.grid, dict(one.text)) for one in found.values()] == EXPECTED["pixart_sigma"]
+
+
 class PlainProducts(TorchFunctionMode):
     """Keeps the softmax of q and k of every fused kernel in the first call of a denoiser."""
 
