@@ -26,6 +26,7 @@ from diffsight.pipelines.diffusion.components import components, text_encoder_na
 from diffsight.pipelines.diffusion.cut_attention import CutAttention, Inseparable, Key, Trace
 from diffsight.pipelines.diffusion.denoising_clock import denoisers
 
+_SAME = 1e-4  # relative to the length of a query or key: what rounding in a batch may change
 _BATCH = 2**15  # numbers in the images of one run with several changes: a run of a large pipeline makes only one
 
 
@@ -63,6 +64,7 @@ class AttentionTracer:
         self._positions = 0  # the length of that sequence
         self.latents: tuple[int, ...] = ()  # the shape of the decoded latents for one image; () if unknown
         self.tokens: dict[str, int] = {}  # the number of tokens that each text encoder returns
+        self._plain: dict[Key, Trace] = {}  # the products of an image without changes
         self._is_batched = True  # whether to draw several images in one run
 
     def inputs(self) -> Hashable:
@@ -92,11 +94,13 @@ class AttentionTracer:
             references: Whether reference images are changed.
         """
         (traces,) = self._traces([change], references)
+        if change == TracedChange() and not references:
+            self._plain = traces
         return traces
 
     def traces(self, changes: Sequence[TracedChange]) -> Iterator[dict[Key, Trace]]:
         """Yield the products of the first call of the denoiser with each of several changes."""
-        return self._in_batches(changes, self._traces)
+        return self._in_batches(changes, self._traces_together)
 
     def decoded(self) -> torch.Tensor | None:
         """Return the latents that are decoded after a few steps, (batch, channels, …), or None if none are decoded."""
@@ -128,6 +132,20 @@ class AttentionTracer:
             else:
                 yield from found
                 done += len(batch)
+
+    def _traces_together(self, changes: Sequence[TracedChange]) -> list[dict[Key, Trace]]:
+        """Return the products with each of several changes, all in one run.
+
+        The first image of the run is left as it is. If it differs from the one that was drawn alone, the changes have
+        reached other images than theirs."""
+        if len(changes) == 1:
+            return self._traces(changes)
+        first, *traces = self._traces([TracedChange(), *changes])
+        for key, plain in self._plain.items():
+            for found, alone in ((first[key].queries, plain.queries), (first[key].keys, plain.keys)):
+                if found.shape != alone.shape or (difference(found, alone) > _SAME).any():
+                    raise Inseparable
+        return traces
 
     def _traces(self, changes: Sequence[TracedChange], references: bool = False) -> list[dict[Key, Trace]]:
         run = self._opened(changes)

@@ -105,11 +105,18 @@ class CutAttention(TorchFunctionMode):
         entries = self._entries(COND)
         if len(self.traces) == 1:
             entries = entries[:1] if entries and entries[-1] < len(product.q) else [-1]
-        elif len(entries or ()) != len(self.traces) or len(product.q) != len(entries) + len(self._entries(UNCOND)):
+        elif not self._follow_each_other(entries, self._entries(UNCOND), len(product.q)):
             raise Inseparable
         q, k = (_projected(tensor[entries]) for tensor in (product.q, product.k))
         for traces, *projected in zip(self.traces, q, k):
             traces[path, number] = Trace(product.shape, *projected)
+
+    def _follow_each_other(self, cond: list[int] | None, uncond: list[int] | None, size: int) -> bool:
+        """Whether a batch has one entry for each prompt in each branch, in the order of the prompts."""
+        count = len(self.traces)
+        if cond is None or uncond is None or size != len(cond) + len(uncond):
+            return False
+        return all([entry % count for entry in entries] == [*range(count)] for entries in (cond, uncond) if entries)
 
 
 def _convolution(
