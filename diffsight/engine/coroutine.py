@@ -46,6 +46,7 @@ _MAIN_THREAD = main_thread().ident
 _MOST_IDLE = 100
 _SHALLOW = 100  # Python frames
 _idle: list["Stack"] = []
+_kept_guards: list[Any] = []  # of inference mode: a guard restores the mode that it found when it is freed
 # A PyTorch error records the 64 innermost frames of the C stack. Memory beyond the frames of a greenlet holds
 # whatever others have put there since it started, and reading it as frames may crash. So each stack has more frames of
 # its own than PyTorch looks at.
@@ -182,7 +183,7 @@ class Coroutine:
                     if not alike or (body is not self.state and body != self.state):
                         self._leave(body)
                     if self.dead or stack.dead:
-                        self._stack, self.dead = None, True
+                        self._end()
                         stack.give_back()
         except BaseException:
             self._settle(body)
@@ -225,7 +226,13 @@ class Coroutine:
             self._go_back(body)
             body.restore(TorchState.capture())
         if self._stack is not None and (self.dead or self._stack.dead):
-            self._stack, self.dead = None, True
+            self._end()
+
+    def _end(self) -> None:
+        self._stack, self.dead = None, True
+        if self._guard is not None:  # the body has entered a mode of its own meanwhile, which this guard must not end
+            _kept_guards.append(self._guard)
+            self._guard = None
 
     def park(self, value: Any, state: TorchState | None = None) -> None:
         """Hand `value` to the body and wait to be resumed. Called from the function.

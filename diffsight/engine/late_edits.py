@@ -82,6 +82,13 @@ class LateEdits:
         return found
 
 
+def is_the_models(tensor: Tensor) -> bool:
+    """Whether the model has computed a tensor. Otherwise it is one that is trained, such as a parameter, or a view of
+    one: a body may have assigned it, and whoever trains it changes it."""
+    base = tensor if tensor._base is None else tensor._base
+    return type(base) is not Parameter and not (base.is_leaf and base.requires_grad)
+
+
 def shares_memory(tensor: Tensor, values: list[Any]) -> bool:
     """Whether a tensor has the memory of one of the tensors in `values`."""
     dense = [leaf for leaf in tree_leaves(values) if type(leaf) in (Tensor, Parameter) and leaf.layout is strided]

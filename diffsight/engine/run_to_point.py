@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.innermost_run import current_edit
-from diffsight.engine.late_edits import moves, shares_memory
+from diffsight.engine.late_edits import is_the_models, moves, shares_memory
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
@@ -142,9 +142,12 @@ class Flow(RunEnd):
         key = (asked.kind, find_call(tap, first, asked, asked))
         assignment = Assignment(asked, value, where or users_line(), scope.in_step, first, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
+            before = self.parked.value
             difference = assignment.apply_to(self.parked)
             if difference is not None:
                 self.misshapen[difference] = assignment.where
+            if asked.selection is not None and self.parked.value is not before:
+                self._watch_copied(before)
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
             raise order.too_late(asked, "assigned", self.where)
         else:
@@ -569,19 +572,36 @@ class Flow(RunEnd):
                 return self.parked
 
     def _check_late_edits(self, changed: list[tuple[Point, torch.Tensor]]) -> None:
-        """Raise OutOfOrderError if the model has certainly passed one of the points that a body has changed in place.
-        Values of earlier steps are let pass, since the model may use them again."""
+        """Raise OutOfOrderError for the first value that a body has changed in place in vain. Values of earlier steps are
+        let pass, since the model may use them again."""
         for point, tensor in changed:
-            if point.step_read == self.clock.index and not unseen(shares_memory, tensor, self._open_to_changes()):
-                self._late_edits.watched.clear()  # so that it is reported once
-                raise order.edited_too_late(point, self.where)
+            if point is self.parked:
+                error = order.edited_beside_copy(point)
+            elif self._is_late_edit(point, tensor):
+                error = order.edited_too_late(point, self.where)
+            else:
+                continue
+            self._late_edits.watched.clear()  # so that it is reported once
+            raise error
+
+    def _is_late_edit(self, point: Point, tensor: torch.Tensor) -> bool:
+        """Whether a change of a value behind the point was certainly meant to reach the model."""
+        if point.step_read != self.clock.index or not unseen(is_the_models, tensor):
+            return False
+        return not unseen(shares_memory, tensor, self._open_to_changes())
+
+    def _watch_copied(self, before: Any) -> None:
+        """Watch the value where the model stands, from which it does not continue: a part was assigned in a copy."""
+        kept = set(map(id, tree_leaves(self.parked.value)))
+        for leaf in tree_leaves(before):
+            if id(leaf) not in kept:
+                unseen(self._late_edits.watch, self.parked, leaf)
 
     def _open_to_changes(self) -> list[Any]:
         """Return the values that a body may change in place: where the model stands, and those that are assigned
         ahead."""
-        waiting = [assigned for tap in self.taps.values() if tap.pending for assigned in tap.pending.values()]
-        at_point = [self.parked.value, self.parked.replaced] if self.parked is not None else []
-        return at_point + [assignment.value for assigned in waiting for assignment in assigned]
+        waiting = [assignment.value for tap in self.taps.values() for assignment in tap.waiting()]
+        return waiting if self.parked is None else [self.parked.value, self.parked.replaced, *waiting]
 
     def _call_plainly(self) -> Any:
         """Call the model without a coroutine."""

@@ -60,6 +60,7 @@ from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer
 _ACCELERATOR = torch.accelerator.current_accelerator()
 _HAS_CUDA = _ACCELERATOR is not None and _ACCELERATOR.type == "cuda"
 _ENABLED = _get_torch_function_state()
+_AUTOCAST_NESTING = torch.autocast_increment_nesting, torch.autocast_decrement_nesting
 _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 
@@ -87,11 +88,12 @@ class TorchState:
     @classmethod
     def capture(cls) -> "TorchState":
         """Return the current state."""
-        grad, inference = is_grad_enabled(), is_inference_mode_enabled()
+        grad, inference, nesting = is_grad_enabled(), is_inference_mode_enabled(), _autocast_nesting()
         dtypes = get_autocast_dtype("cpu"), _ACCELERATOR and get_autocast_dtype(_ACCELERATOR.type)
         is_cached = is_autocast_cache_enabled()
         if not (
-            _is_any_autocast_enabled()
+            nesting  # also counts the blocks that switch it off
+            or _is_any_autocast_enabled()
             or _len_torch_function_stack()
             or _len_torch_dispatch_stack()
             or _top_saved_tensors_default_hooks(True)
@@ -104,17 +106,18 @@ class TorchState:
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
         dispatch_modes = tuple(map(_get_dispatch_stack_at, range(_len_torch_dispatch_stack())))
         functions = None if _is_torch_function_enabled() else _get_torch_function_state()
-        autocast = (enabled, dtypes, is_cached, _autocast_nesting())
+        autocast = (enabled, dtypes, is_cached, nesting)
         hooks = saved_tensor_hooks()
         return cls(grad, inference, autocast, modes, False, _flags(), dispatch_modes, hooks, levels, functions)
 
     def now(self) -> "TorchState":
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
         dtype, flash, math, of_cuda = self.flags
+        _, nesting = map(call, _AUTOCAST_NESTING)  # as in `_autocast_nesting`
         if (
             self.is_plain
             and is_grad_enabled() is self.grad
-            and not (_is_any_autocast_enabled() or _len_torch_function_stack() or _len_torch_dispatch_stack())
+            and not (nesting or _len_torch_function_stack() or _len_torch_dispatch_stack())
             and not (_top_saved_tensors_default_hooks(True) or get_dynamic_layer_stack_depth())
             and is_inference_mode_enabled() is self.inference
             and _is_torch_function_enabled()
@@ -224,7 +227,7 @@ def _restore_autocast(enabled: tuple, dtypes: tuple, is_cached: bool, nesting: i
 
 def _autocast_nesting() -> int:
     """Return the nesting depth of autocast. Both calls are made from C, so that no interrupt comes between them."""
-    _, nesting = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
+    _, nesting = map(call, _AUTOCAST_NESTING)
     return nesting
 
 

@@ -254,3 +254,57 @@ def test_the_error_comes_once():
             run[2].output
         last = run[2].output
     assert torch.equal(last, net(x))
+
+
+def test_a_value_in_which_another_row_was_assigned():
+    net, x = net_and_input()
+    with pytest.raises(OutOfOrderError, match=r"\[0\].output, read at .* after a part of it had been assigned"):
+        with torch.no_grad(), Model(net).trace([x[:1], x[1:]]) as run:
+            first, second = run.rows
+            hidden = first[0].output
+            second[0].output = torch.ones(1, 4)
+            hidden.zero_()
+    with torch.no_grad(), Model(net).trace([x[:1], x[1:]]) as run:
+        first, second = run.rows
+        first[0].output
+        second[0].output = torch.ones(1, 4)
+        first[0].output.zero_()
+    assert torch.equal(run.result, net[1:](torch.tensor([[0.0] * 4, [1.0] * 4])))
+
+
+def test_a_value_of_the_users_own_may_be_trained_after_it_was_assigned():
+    net, x = net_and_input()
+    with Model(net).trace(x) as run:
+        soft = run[0].output.detach().clone().requires_grad_()
+        run[0].output = soft
+        run[2].output.sum().backward()
+        torch.optim.SGD([soft], 0.1).step()
+    assert torch.allclose(soft, net[0](x) - 0.1 * soft.grad)
+
+
+class Places(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x):
+        return self.places[: len(x)]
+
+
+def test_a_part_of_a_parameter_may_be_trained():
+    net, x = nn.Sequential(Places(), nn.Linear(4, 4)), torch.randn(3, 4)
+    before = net[0].places.detach().clone()
+    with Model(net).trace(x) as run:
+        places = run[0].output
+        run[1].output.sum().backward()
+        torch.optim.SGD(net.parameters(), 0.1).step()
+    assert places.shape == (3, 4) and not torch.equal(net[0].places, before)
+
+
+def test_a_value_that_a_call_ahead_will_return():
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[1].output
+        run[2].skip(hidden.add_(1))
+    assert run.result is hidden and torch.equal(hidden, net[0](x) + 1)

@@ -1,5 +1,6 @@
 """The body and the model each keep their own grad mode, inference mode, autocast and context variables."""
 
+import gc
 from contextlib import ExitStack, nullcontext
 from contextvars import ContextVar
 
@@ -30,6 +31,7 @@ def modes():
         "autocast": torch.is_autocast_enabled("cpu"),
         "dtype": torch.get_autocast_dtype("cpu"),
         "cache": torch.is_autocast_cache_enabled(),
+        "nesting": [torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()][1],
         "device": torch.get_default_device(),
     }
 
@@ -129,6 +131,51 @@ def test_autocast_within_the_model_keeps_its_own_type(x):
         run.first.output
         run.finish()
     assert types == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_block_without_autocast_in_the_body_of_a_run_with_it(x):
+    """Such a block counts too: where the outermost ends, the cache of cast weights is cleared."""
+    net = Calling(lambda self, x: self.lin(self.first(x)), first=linear(), lin=linear())
+    before = modes()
+    with torch.autocast("cpu"):
+        with Model(net).trace(x) as run:
+            run.first.output
+            with torch.autocast("cpu", enabled=False):
+                assert run.lin.output.dtype == torch.bfloat16
+    assert modes() == before
+
+
+def test_the_type_of_a_block_without_autocast_stays_in_the_body(x):
+    net = switching(CONTEXTS["autocast"], [])
+    with Model(net).trace(x) as run:
+        run.a.output
+        with torch.autocast("cpu", torch.float16, enabled=False):
+            values = [run[name].output for name in "bcd"]
+    types = []
+    hooks = [getattr(net, name).register_forward_hook(lambda *args: types.append(args[2].dtype)) for name in "bcd"]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    assert [value.dtype for value in values] == types
+
+
+def test_an_edit_in_inference_mode_that_ends_where_the_body_is_in_it(x):
+    """What exchanges the modes must not do so once more when it is freed."""
+
+    @torch.inference_mode()
+    def edit(run):
+        run.a.output
+        run.c.output
+
+    net = switching(nullcontext, [])
+    with Model(net).edit(edit).trace(x) as run, torch.inference_mode():
+        run.c.output
+    del run
+    gc.collect()
+    with torch.no_grad():
+        before = modes()
+        gc.collect()
+        assert modes() == before
 
 
 def test_autocast_within_the_body_keeps_its_own_type(x):
