@@ -96,7 +96,7 @@ THIRD_PARTY = {
         "_forward_pre_hooks",
         "_call_impl",
     ),
-    *("_compiled_call_impl", "_apply", "_version", "_cdata", "_schema"),
+    *("_compiled_call_impl", "_apply", "_version", "_base", "_cdata", "_schema"),
     # diffusers
     "_sanitize_parameters",
     *("_blocks", "_identifier_key"),  # diffusers' modular pipelines and guiders

@@ -572,8 +572,8 @@ class Flow(RunEnd):
                 return self.parked
 
     def _check_late_edits(self, changed: list[tuple[Point, torch.Tensor]]) -> None:
-        """Raise OutOfOrderError for the first value that a body has changed in place in vain. Values of earlier steps are
-        let pass, since the model may use them again."""
+        """Raise OutOfOrderError for the first value that a body has changed in place in vain. Values of earlier steps
+        are let pass, since the model may use them again."""
         for point, tensor in changed:
             if point is self.parked:
                 error = order.edited_beside_copy(point)
