@@ -320,6 +320,8 @@ class LanguageModel(Accessors, Model):
         generated = GeneratedTokens(self.tokenizer)
         given |= {} if inputs is None else _beside(encoded, kwargs)
         given["stopping_criteria"] = generated.along_with(self._owner, given)
+        if is_usual and self.tokenizer is not None and setting(self._owner, given, "stop_strings") is not None:
+            given.setdefault("tokenizer", self.tokenizer)  # `generate` needs it to find them
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)

@@ -271,3 +271,14 @@ def test_steps_that_the_run_does_not_have_are_refused_before_the_model_is_called
 def test_numbers_that_generation_cannot_take(given, told):
     with pytest.raises(InputError, match=told):
         LanguageModel(llama(), TOKENIZER).generate(PROMPT, **given)
+
+
+def test_strings_at_which_the_text_ends():
+    """They are found with the tokenizer of the model."""
+    net = llama()
+    text = TOKENIZER.decode(net.generate(ids(PROMPT), max_new_tokens=LENGTH)[0, ids(PROMPT).shape[1] :])
+    options = {"max_new_tokens": LENGTH, "stop_strings": [text[2:4]]}
+    expected = net.generate(ids(PROMPT), tokenizer=TOKENIZER, **options)
+    with LanguageModel((net, TOKENIZER)).generate(PROMPT, **options) as run:
+        pass
+    assert torch.equal(run.result, expected) and expected.shape[1] < ids(PROMPT).shape[1] + LENGTH
