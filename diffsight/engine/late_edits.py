@@ -70,6 +70,11 @@ class LateEdits:
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                 return
 
+    def forget(self, point: Point) -> None:
+        """Stop watching the values of a point."""
+        for entry in [entry for entry in self.watched if entry[2] is point]:
+            self.watched.remove(entry)
+
     def changed(self) -> list[tuple[Point, Tensor]]:
         """Return the points whose values a body has changed in place since the model last moved, and the tensors.
 
@@ -82,11 +87,11 @@ class LateEdits:
         return found
 
 
-def is_the_models(tensor: Tensor) -> bool:
-    """Whether the model has computed a tensor. Otherwise it is one that is trained, such as a parameter, or a view of
-    one: a body may have assigned it, and whoever trains it changes it."""
+def is_trained(tensor: Tensor, is_assigned: bool) -> bool:
+    """Whether a tensor is one that the user trains, and so changes at any time: a parameter, a view of one, or, if a
+    body has assigned it, any other leaf of the graph."""
     base = tensor if tensor._base is None else tensor._base
-    return type(base) is not Parameter and not (base.is_leaf and base.requires_grad)
+    return type(base) is Parameter or (is_assigned and base.is_leaf and base.requires_grad)
 
 
 def shares_memory(tensor: Tensor, values: list[Any]) -> bool:

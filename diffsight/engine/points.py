@@ -8,6 +8,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.batch_slicing import Selection, Tapped, wrong_type
 from diffsight.engine.hooks import FORWARD
@@ -62,6 +63,7 @@ class Point:
     turn: float = LAST  # whose turn it is at the point: edits come first, by number
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
+    parts: dict[str, tuple[Selection, Any]] | None = None  # by name: selected parts that were read and not assigned
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
     reader: tuple | None = None  # of an output: the code that read it last, the instruction, its globals, and the step
@@ -88,6 +90,17 @@ class Point:
         """The step in which an output was read last."""
         return self.reader and self.reader[-1]
 
+    def has_lost_edit(self) -> bool:
+        """Whether a part that was read has changed since, but not in the value that the model continues with: that is a
+        copy, in which another part was assigned."""
+        for selection, source in (self.parts or {}).values():
+            if source is not self.value:
+                held, current = (tree_leaves(selection.take(value, self.path)) for value in (source, self.value))
+                pairs = [pair for pair in zip(held, current) if all(isinstance(leaf, Tensor) for leaf in pair)]
+                if any(own is not other and not torch.equal(own, other) for own, other in pairs):
+                    return True
+        return False
+
     def let_go(self) -> None:
         """Hold the value only weakly from now on, since the model moves on."""
         value = self.value
@@ -97,7 +110,7 @@ class Point:
             self.weak = weakly(value)
         else:
             self.weak = [weakly(arg) for arg in value[0]], {name: weakly(arg) for name, arg in value[1].items()}
-        self.value = self.replaced = None
+        self.value = self.replaced = self.parts = None
         if self.copies:
             self.copies.clear()
 

@@ -17,9 +17,10 @@ from greenlet import getcurrent
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
+from diffsight.engine.batch_slicing import Selection
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.innermost_run import current_edit
-from diffsight.engine.late_edits import is_the_models, moves, shares_memory
+from diffsight.engine.late_edits import is_trained, moves, shares_memory
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
@@ -128,7 +129,12 @@ class Flow(RunEnd):
             value = self._read_again(point, asked)
         else:
             value = first_input(point.value, asked) if asked.part == "input" else point.value
-        return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
+        if selection is None:
+            return value
+        selected = selection.at(tap, point.index, asked)
+        point.parts = point.parts or {}
+        point.parts[selection.name] = selected, value
+        return selected.take(value, asked)
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
         """Assign `value` to a point: now if the model stands there, else when it gets there. `where` is the line
@@ -146,8 +152,7 @@ class Flow(RunEnd):
             difference = assignment.apply_to(self.parked)
             if difference is not None:
                 self.misshapen[difference] = assignment.where
-            if asked.selection is not None and self.parked.value is not before:
-                self._watch_copied(before)
+            self._note_assigned(self.parked, asked.selection, before)
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
             raise order.too_late(asked, "assigned", self.where)
         else:
@@ -575,27 +580,34 @@ class Flow(RunEnd):
         """Raise OutOfOrderError for the first value that a body has changed in place in vain. Values of earlier steps
         are let pass, since the model may use them again."""
         for point, tensor in changed:
+            if unseen(is_trained, tensor, point.changed):
+                continue
             if point is self.parked:
+                if not point.has_lost_edit():
+                    continue
                 error = order.edited_beside_copy(point)
-            elif self._is_late_edit(point, tensor):
+            elif point.step_read == self.clock.index and not unseen(shares_memory, tensor, self._open_to_changes()):
                 error = order.edited_too_late(point, self.where)
             else:
                 continue
             self._late_edits.watched.clear()  # so that it is reported once
             raise error
 
-    def _is_late_edit(self, point: Point, tensor: torch.Tensor) -> bool:
-        """Whether a change of a value behind the point was certainly meant to reach the model."""
-        if point.step_read != self.clock.index or not unseen(is_the_models, tensor):
-            return False
-        return not unseen(shares_memory, tensor, self._open_to_changes())
+    def _note_assigned(self, point: Point, selection: Selection | None, before: Any) -> None:
+        """Take note that a value was assigned where the model stands, in place of (a part of) `before`.
 
-    def _watch_copied(self, before: Any) -> None:
-        """Watch the value where the model stands, from which it does not continue: a part was assigned in a copy."""
-        kept = set(map(id, tree_leaves(self.parked.value)))
-        for leaf in tree_leaves(before):
-            if id(leaf) not in kept:
-                unseen(self._late_edits.watch, self.parked, leaf)
+        A part is assigned in a copy of `before`. Other parts of `before` that were read no longer reach the model."""
+        if selection is None:
+            point.parts = None
+        elif point.parts:
+            point.parts.pop(selection.name, None)
+        if not point.parts:
+            self._late_edits.forget(point)
+        elif point.value is not before:
+            kept = set(map(id, tree_leaves(point.value)))
+            for leaf in tree_leaves(before):
+                if id(leaf) not in kept:
+                    unseen(self._late_edits.watch, point, leaf)
 
     def _open_to_changes(self) -> list[Any]:
         """Return the values that a body may change in place: where the model stands, and those that are assigned

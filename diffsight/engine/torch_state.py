@@ -117,7 +117,8 @@ class TorchState:
         if (
             self.is_plain
             and is_grad_enabled() is self.grad
-            and not (nesting or _len_torch_function_stack() or _len_torch_dispatch_stack())
+            and not (nesting or _is_any_autocast_enabled())
+            and not (_len_torch_function_stack() or _len_torch_dispatch_stack())
             and not (_top_saved_tensors_default_hooks(True) or get_dynamic_layer_stack_depth())
             and is_inference_mode_enabled() is self.inference
             and _is_torch_function_enabled()

@@ -136,14 +136,14 @@ class AttentionTracer:
     def _traces_together(self, changes: Sequence[TracedChange]) -> list[dict[Key, Trace]]:
         """Return the products with each of several changes, all in one run.
 
-        The first image of the run is left as it is. If it differs from the one that was drawn alone, the changes have
-        reached other images than theirs."""
+        The first and the last image of the run are left as they are. If they differ from the one that was drawn alone,
+        the changes have reached other images than theirs, or a hook of the user's changes only some of the images."""
         if len(changes) == 1:
             return self._traces(changes)
-        first, *traces = self._traces([TracedChange(), *changes])
-        for key, plain in self._plain.items():
-            for found, alone in ((first[key].queries, plain.queries), (first[key].keys, plain.keys)):
-                if found.shape != alone.shape or (difference(found, alone) > _SAME).any():
+        first, *traces, last = self._traces([TracedChange(), *changes, TracedChange()])
+        for (key, plain), found in product(self._plain.items(), (first, last)):
+            for there, alone in ((found[key].queries, plain.queries), (found[key].keys, plain.keys)):
+                if there.shape != alone.shape or (difference(there, alone) > _SAME).any():
                     raise Inseparable
         return traces
 

@@ -308,3 +308,58 @@ def test_a_value_that_a_call_ahead_will_return():
         run[1].output
         run[2].skip(hidden.add_(1))
     assert run.result is hidden and torch.equal(hidden, net[0](x) + 1)
+
+
+def test_values_of_rows_that_are_changed_in_place_and_assigned():
+    net, x = net_and_input()
+    with torch.no_grad():
+        hidden = net[0](x)
+        with Model(net).trace([x[:1], x[1:]]) as run:
+            first, second = run.rows
+            one, two = first[0].output, second[0].output
+            for _ in range(2):
+                one += 1
+                first[0].output = one
+            first[0].output = two + 1
+            two *= 2
+            second[0].output = two
+            one.zero_()  # no longer of use to anybody
+            run[2].output
+            one.zero_()
+        assert torch.allclose(run.result, net[1:](torch.stack([hidden[1] + 1, 2 * hidden[1]])))
+        with Model(net).trace([x[:1], x[1:]]) as run:
+            first, _ = run.rows
+            whole = run[0].output
+            first[0].output
+            first[0].output = torch.ones(1, 4)
+            run[0].output = whole
+            whole += 1
+        assert torch.allclose(run.result, net[1:](hidden + 1))
+
+
+def test_rows_that_are_changed_in_place_beside_rows_that_are_assigned():
+    def in_place(row):
+        row[0].output.mul_(2)
+
+    def twice(row):
+        hidden = row[0].output
+        for _ in range(2):
+            hidden += 1
+            row[0].output = hidden
+
+    net, x = net_and_input()
+    with torch.no_grad():
+        with Model(net).trace([x[:1], x[1:]]) as run:
+            run.each([in_place, twice])
+        hidden = net[0](x)
+        assert torch.allclose(run.result, net[1:](torch.stack([2 * hidden[0], hidden[1] + 2])))
+
+
+def test_a_value_of_the_models_that_is_made_a_leaf():
+    net, x = net_and_input()
+    net.requires_grad_(False)
+    with pytest.raises(OutOfOrderError, match=LATE.replace(r"\[1\]", r"\[2\]")), Model(net).trace(x) as run:
+        hidden = run[0].output.requires_grad_()
+        run[2].output.sum().backward()
+        with torch.no_grad():
+            hidden -= hidden.grad
