@@ -96,7 +96,11 @@ class Point:
         for selection, source in (self.parts or {}).values():
             if source is not self.value:
                 held, current = (tree_leaves(selection.take(value, self.path)) for value in (source, self.value))
-                pairs = [pair for pair in zip(held, current) if all(isinstance(leaf, Tensor) for leaf in pair)]
+                pairs = [
+                    pair
+                    for pair in zip(held, current)
+                    if all(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in pair)
+                ]
                 if any(own is not other and not torch.equal(own, other) for own, other in pairs):
                     return True
         return False
