@@ -96,12 +96,7 @@ class Point:
         for selection, source in (self.parts or {}).values():
             if source is not self.value:
                 held, current = (tree_leaves(selection.take(value, self.path)) for value in (source, self.value))
-                pairs = [
-                    pair
-                    for pair in zip(held, current)
-                    if all(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in pair)
-                ]
-                if any(own is not other and not torch.equal(own, other) for own, other in pairs):
+                if any(map(_differ, held, current)):
                     return True
         return False
 
@@ -251,6 +246,12 @@ def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
     if before.device != value.device:
         return f"is on {before.device}, but a tensor on {value.device} was assigned"
     return None
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two parts of values, which are alike in kind and shape, differ; False if they are no tensors with data."""
+    has_data = isinstance(a, Tensor) and isinstance(b, Tensor) and not a.is_meta
+    return a is not b and has_data and not torch.equal(a, b)
 
 
 def _is_broadcast(value: torch.Tensor, before: torch.Tensor) -> bool:
