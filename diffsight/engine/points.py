@@ -249,7 +249,7 @@ def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    """Whether two parts of values, which are alike in kind and shape, differ; False if they are no tensors with data."""
+    """Whether two parts of values of one kind and shape differ; False if they are not tensors with data."""
     has_data = isinstance(a, Tensor) and isinstance(b, Tensor) and not a.is_meta
     return a is not b and has_data and not torch.equal(a, b)
 
