@@ -159,6 +159,18 @@ def test_the_type_of_a_block_without_autocast_stays_in_the_body(x):
     assert [value.dtype for value in values] == types
 
 
+def test_autocast_that_the_body_sets_without_a_block(x):
+    net = switching(nullcontext, [])
+    with Model(net).trace(x) as run:
+        run.a.output
+        torch.set_autocast_enabled("cpu", True)
+        try:
+            assert run.c.output.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+        finally:
+            torch.set_autocast_enabled("cpu", False)
+    assert run.result.dtype == torch.float32
+
+
 def test_an_edit_in_inference_mode_that_ends_where_the_body_is_in_it(x):
     """What exchanges the modes must not do so once more when it is freed."""
 

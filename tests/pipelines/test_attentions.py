@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.attention import find_attentions, follow_products
-from helpers import SEED, footprint
+from helpers import SEED, footprint, hooked
 from models import diffusion, text_encoders
 from models.denoisers import DENOISERS
 from models.diffusion import SIDE
@@ -127,6 +127,16 @@ def test_one_image_at_a_time():
     pipe, inputs = small("pixart_sigma")
     found = find_attentions(DiffusionModel(pipe), **inputs | {"prompt": [inputs["prompt"]]})
     assert [(one.kind, one.grid, dict(one.text)) for one in found.values()] == EXPECTED["pixart_sigma"]
+
+
+def test_a_hook_that_changes_only_the_first_image():
+    def change(module, args, output):
+        output[0][0] += torch.arange(output[0].shape[-1]) % 3  # in place
+
+    pipe, inputs = small("stable_diffusion")
+    with hooked(pipe.text_encoder, change):
+        found = find_attentions(DiffusionModel(pipe), **inputs)
+    assert [(one.kind, one.grid, dict(one.text)) for one in found.values()] == EXPECTED["stable_diffusion"]
 
 
 class PlainProducts(TorchFunctionMode):
