@@ -97,20 +97,23 @@ def let_go(asked: Asked, where: str) -> OutOfOrderError:
 
 def edited_too_late(point: Point, where: str) -> OutOfOrderError:
     """Return the error for a value that was changed in place after the model had passed it."""
-    read = f", read at {point.read_line}," if point.read_line else ""
     return OutOfOrderError(
-        f"{point.path}{read} was changed in place too late: the model is {where}, past that point. Change it while the "
+        f"{_as_read(point)} was changed in place too late: the model is {where}, past that point. Change it while the "
         "model stands there, or change a copy: .clone()"
     )
 
 
 def edited_beside_copy(point: Point) -> OutOfOrderError:
     """Return the error for a value that was changed in place after a part of it was assigned."""
-    read = f", read at {point.read_line}," if point.read_line else ""
     return OutOfOrderError(
-        f"{point.path}{read} was changed in place after a part of it had been assigned: the model continues with a "
+        f"{_as_read(point)} was changed in place after a part of it had been assigned: the model continues with a "
         "copy that holds the assigned part. Change the value first, or read it again after the assignment"
     )
+
+
+def _as_read(point: Point) -> str:
+    """Return the path of a point, and the line that read it if that is known, in words."""
+    return f"{point.path}, read at {point.read_line}," if point.read_line else point.path
 
 
 def changed_by_its_call(asked: Asked) -> OutOfOrderError:

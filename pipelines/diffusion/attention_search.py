@@ -89,10 +89,10 @@ class ImageSearch:
         self._sizes, self._axes = _layout(tracer.image, tracer.latents)
         self.height = self._sizes[1]
         possible = starmap(_Stripes, product(range(3), (2, 4), (False, True))) if self._axes else ()
-        stripes = [one for one in possible if self._sizes[one.axis] >= one.count]
+        patterns = [stripes for stripes in possible if self._sizes[stripes.axis] >= stripes.count]
         masks = [
             lambda tensor: torch.ones_like(tensor, dtype=torch.bool),
-            *(partial(self._where, stripes=one) for one in stripes),
+            *(partial(self._where, stripes=stripes) for stripes in patterns),
         ]
         every, *parts = tracer.traces([TracedChange(image=mask) for mask in masks])
         self.queries = {k: _changed(every[k].queries, plain[k].queries) for k in plain}
@@ -101,8 +101,8 @@ class ImageSearch:
         self.references = {k: _changed(seen[k].queries, plain[k].queries) for k in plain}
         self._problem = None if self._axes else f"the positions of the image in {tracer.image} were not found"
         self._changes: dict[_Stripes, dict[Key, torch.Tensor]] = {
-            one: {k: difference(changed[k].queries, plain[k].queries) for k in plain}
-            for one, changed in zip(stripes, parts)
+            stripes: {k: difference(changed[k].queries, plain[k].queries) for k in plain}
+            for stripes, changed in zip(patterns, parts)
         }
         if self._axes and len(tracer.image) == 2 and not self._is_decoded_there(decoded):
             self._problem = "the order of the image positions that go into the denoiser was not found"

@@ -210,7 +210,7 @@ class AttentionTracer:
         run.follow(f"{self.denoiser}.input", lambda value: self._change_image(value, changes))
         return run
 
-    def _cut(self, run: Run, count: int = 1) -> "CutAttention":
+    def _cut(self, run: Run, count: int = 1) -> CutAttention:
         """Cut the operations that mix places. Record the products for each of several prompts."""
         module = owner_of(self._model[self.denoiser])
         mode = CutAttention(module, lambda branch: flow_of(run).observer.entries(module, branch), count)
