@@ -46,6 +46,9 @@ _FEW = 8  # modules; up to this many are hooked faster one by one than together
 
 # Id of a module to: the override of its calls, its name, the value it replaced, the number of runs, and the module.
 _hooked: dict[int, list] = {}
+# Id of a hooked module with a forward pass of its own to that forward pass, as its hook calls it. Hooks that others have
+# kept while it had another one (`old = module.forward`, to wrap it) then let calls pass uncounted.
+_own_forwards: dict[int, Callable] = {}
 # Signals and garbage collection can interrupt only at function calls. All bookkeeping is therefore updated without
 # calling a function, so that an interrupt never finds a module half hooked.
 
@@ -155,11 +158,13 @@ class HookedModules:
                     kind = type(module)
                     function = _hook_of(kind, getattr(kind, FORWARD, None))
                 if function is not None and FORWARD not in held and held.get(COMPILED) is None:
-                    put, name, own = MethodType(function, module), FORWARD, None
+                    put, name, own, original = MethodType(function, module), FORWARD, None, None
                 else:
-                    put, name, own = _of_its_own(module)
+                    put, name, own, original = _of_its_own(module)
                 state = MethodType(_state_without_hook, module)
                 known = _hooked[number] = [put, name, own, 1, module]
+                if original is not None:
+                    _own_forwards[number] = original
                 held[name] = put
                 held[_GETSTATE] = state
             self._known.append(known)
@@ -179,8 +184,12 @@ class HookedModules:
             held = module.__dict__
             if held.get(name) is not put:
                 with _lock:
-                    known[:3] = _of_its_own(module)
+                    *known[:3], original = _of_its_own(module)
                     held[known[1]] = known[0]
+                    if original is not None:
+                        _own_forwards[id(module)] = original
+                    else:
+                        _own_forwards.pop(id(module), None)
         self._held = [known[4].__dict__ for known in entries]
         self._hooks = [known[0] for known in entries]
 
@@ -206,6 +215,8 @@ class HookedModules:
             del self._known[-1]
             if runs == 1:
                 del _hooked[number]
+                if number in _own_forwards:
+                    del _own_forwards[number]
                 if is_ours and own is None:
                     del held[name]
                 elif is_ours:
@@ -244,17 +255,45 @@ def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | No
     return functools.wraps(forward)(_through(forward, forward)) if is_method else None
 
 
-def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
-    """Return the replacement of a module's forward pass, the name to store it under, and the value there now. Compiled
-    code is called through the taps and otherwise left alone."""
+def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any, Callable | None]:
+    """Return the replacement of a module's forward pass, the name to store it under, and the value there now. The last
+    value is the forward pass itself; None if it is that of the class. Compiled code is called through the taps and
+    otherwise left alone."""
     held = module.__dict__
+    if FORWARD in held:
+        _take_back(module)
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
+    function = _hook_of(type(module), getattr(type(module), FORWARD, None))
+    if function is not None and own is None and name == FORWARD:
+        return MethodType(function, module), name, None, None
     target = module.forward if own is None else own  # a TorchScript module looks up its own on access
-    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+
+    def original(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    function = _through(original)
     if own is None:
-        return MethodType(function, module), name, None
-    return functools.update_wrapper(functools.partial(function, module), own), name, own
+        return MethodType(function, module), name, None, original
+    return functools.update_wrapper(functools.partial(function, module), own), name, own, original
+
+
+def _take_back(module: nn.Module) -> None:
+    """Remove an earlier hook that somebody has put back as the forward pass of a module, as `mock.patch` does at the end
+    of its block."""
+    held = module.__dict__
+    while FORWARD in held:
+        hook = held[FORWARD]
+        if type(hook) is MethodType and hook.__self__ is module and _is_hook(hook.__func__):
+            del held[FORWARD]
+        elif type(hook) is functools.partial and hook.args[:1] == (module,) and _is_hook(hook.func):
+            held[FORWARD] = hook.__wrapped__
+        else:
+            return
+
+
+def _is_hook(function: Any) -> bool:
+    return type(function) is FunctionType and function.__code__ is _CODE
 
 
 def _through(original: Callable, of_class: Callable | None = None) -> Callable:
@@ -273,7 +312,8 @@ def _through(original: Callable, of_class: Callable | None = None) -> Callable:
                 note_call_in_thread(module, _CODE)
             return function(module, *args, **kwargs)
         taps, number = host.taps, id(module)
-        calls = taps.calls.get(number)
+        is_current = not _own_forwards or _own_forwards.get(number, original) is original
+        calls = taps.calls.get(number) if is_current else None
         if calls is None:
             return function(module, *args, **kwargs)
         if type(calls) is not int:
@@ -302,10 +342,10 @@ _MAIN_THREAD = main_thread().ident
 
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:
-    """Return how many calls of a hooked module are in progress on the stack that ends with `frame`."""
+    """Return how many counted calls of a hooked module are in progress on the stack that ends with `frame`."""
     running = 0
     while frame is not None:
-        running += frame.f_code is _CODE and frame.f_locals["module"] is module
+        running += _is_call(frame, module)
         frame = frame.f_back
     return running
 
@@ -313,10 +353,17 @@ def count_running(frame: FrameType | None, module: nn.Module) -> int:
 def running_call(frame: FrameType | None, module: nn.Module) -> tuple[tuple, dict] | None:
     """Return the arguments of the innermost call of a hooked module on the stack that ends with `frame`."""
     while frame is not None:
-        if frame.f_code is _CODE and frame.f_locals["module"] is module:
+        if _is_call(frame, module):
             return frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     return None
+
+
+def _is_call(frame: FrameType, module: nn.Module) -> bool:
+    if frame.f_code is not _CODE:
+        return False
+    known = frame.f_locals
+    return known["module"] is module and known.get("calls") is not None
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:
