@@ -452,7 +452,7 @@ class Envoy(Points):
         found, waiting = {}, [self._target]
         for target in waiting:
             found.setdefault(id(target.owner), target)
-            waiting += target.children().values()
+            waiting += target.inner()
         return found
 
     def _is_in_run(self) -> bool:

@@ -194,7 +194,9 @@ def _inside(envoy: Points, name: str) -> list[Points]:
     tree, target = tree_of(envoy), target_of(envoy)
     children = list(tree.children_of(target))
     if name == "**":
-        return [envoy, *(inner for child in children for inner in _inside(child_of(envoy, child), "**"))]
+        around = (*target.around(), target)  # a module may be a child of a module inside it
+        below = [child for child, part in tree.children_of(target).items() if part not in around]
+        return [envoy, *(inner for child in below for inner in _inside(child_of(envoy, child), "**"))]
     if "*" not in name:
         child = child_of(envoy, name)
         if child is None and name in tree.value_names(target):

@@ -35,7 +35,7 @@ class ModulePlaces:
         while waiting:
             target = waiting.pop()
             places.setdefault(target.key, []).append(target)
-            waiting += target.children().values() if target.name == FORWARD else ()
+            waiting += target.inner() if target.name == FORWARD else ()
         self.places = {key: found for key, found in places.items() if len(found) > 1}
         shared = [found[0] for found in self.places.values() if found[0].name == FORWARD]
         strays = (target for found in places.values() for target in found if _may_be_stray(target))
@@ -114,5 +114,5 @@ def inside(component: Target) -> list[Target]:
         target = waiting.pop()
         found.append(target)
         if target.name == FORWARD and not target.is_compiled() and not isinstance(target.owner, ScriptModule):
-            waiting += target.children().values()
+            waiting += target.inner()
     return [target for target in found if target.is_called or target is component]

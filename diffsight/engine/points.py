@@ -64,6 +64,7 @@ class Point:
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
     parts: dict[str, tuple[Selection, Any]] | None = None  # by name: selected parts that were read and not assigned
+    is_whole_read: bool = False  # whether all of it was read, and not only parts
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
     reader: tuple | None = None  # of an output: the code that read it last, the instruction, its globals, and the step
@@ -91,8 +92,10 @@ class Point:
         return self.reader and self.reader[-1]
 
     def has_lost_edit(self) -> bool:
-        """Whether a part that was read has changed since, but not in the value that the model continues with: that is a
-        copy, in which another part was assigned."""
+        """Whether a value that was read and has changed in place did not change in the value that the model continues
+        with: that is a copy, in which a part was assigned."""
+        if self.is_whole_read and not self.parts:
+            return True
         for selection, source in (self.parts or {}).values():
             if source is not self.value:
                 held, current = (tree_leaves(selection.take(value, self.path)) for value in (source, self.value))
@@ -183,8 +186,8 @@ class Assignment:
         if isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
             raise wrong_type(self, before, value)
         if not isinstance(before, torch.Tensor):
-            pairs = _parts_of_both(before, value) if self.asked.part == "output" else ()
-            return next(filter(None, [self._difference(*pair) for pair in pairs]), None)
+            differences = [self._difference(*pair) for pair in _parts_of_both(before, value)]
+            return next(filter(None, differences), None)
         difference = _difference(before, value)
         if difference and before.ndim != value.ndim:
             raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")

@@ -130,6 +130,7 @@ class Flow(RunEnd):
         else:
             value = first_input(point.value, asked) if asked.part == "input" else point.value
         if selection is None:
+            point.is_whole_read = True
             return value
         selected = selection.at(tap, point.index, asked)
         point.parts = point.parts or {}
@@ -596,12 +597,13 @@ class Flow(RunEnd):
     def _note_assigned(self, point: Point, selection: Selection | None, before: Any) -> None:
         """Take note that a value was assigned where the model stands, in place of (a part of) `before`.
 
-        A part is assigned in a copy of `before`. Other parts of `before` that were read no longer reach the model."""
+        A part is assigned in a copy of `before`. If all of `before` or other parts were read, they no longer reach the
+        model."""
         if selection is None:
-            point.parts = None
+            point.parts, point.is_whole_read = None, False
         elif point.parts:
             point.parts.pop(selection.name, None)
-        if not point.parts:
+        if not (point.parts or point.is_whole_read):
             self._late_edits.forget(point)
         elif point.value is not before:
             kept = set(map(id, tree_leaves(point.value)))

@@ -78,9 +78,20 @@ class Target:
             return {}
         modules = self.owner._modules
         if self._children is None or self._children[0] != modules:
-            made = {n: Target(m, FORWARD, join(self.path, n), self) for n, m in modules.items() if m is not None}
-            self._children = (dict(modules), made)
+            around = {id(target.owner): target for target in (*self.around(), self)}
+            self._children = (
+                dict(modules),
+                {
+                    name: around.get(id(module)) or Target(module, FORWARD, join(self.path, name), self)
+                    for name, module in modules.items()
+                    if module is not None
+                },
+            )
         return self._children[1]
+
+    def inner(self) -> list["Target"]:
+        """Return the modules directly in this one, without those that are around it (`child.parent = module`)."""
+        return [child for child in self.children().values() if child.outer is self]
 
     def item(self, index: int) -> "Target | None":
         """Return an entry of a `ModuleList`; None if it does not exist. This takes no longer in a long list."""
@@ -103,7 +114,7 @@ class Target:
             holders = [self]
             found: dict[int, nn.Module] = {}
             for holder in holders:
-                children = holder.children().values()
+                children = holder.inner()
                 found.update((child.key[0], child.owner) for child in children if child.is_called)
                 holders += [child for child in children if not child.is_called]
             known = self._called = holders, [holder.children() for holder in holders], ModuleGroup(found)

@@ -203,3 +203,9 @@ def test_a_value_of_another_shape_that_fits_is_accepted(net, x):
     with Model(net).trace(x) as run:
         run.layers[0].input = inputs(3, rows=5)
     assert torch.equal(run.result, with_input(net.layers[0], inputs(3, rows=5), lambda: net(x)))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 4), torch.zeros(4), 1.0])
+def test_inputs_take_no_number_and_nothing_to_broadcast(net, x, wrong):
+    with pytest.raises(AssignmentError, match=r"last\.inputs"), Model(net).trace(x) as run:
+        run.last.inputs = ((wrong,), {})

@@ -337,6 +337,17 @@ def test_values_of_rows_that_are_changed_in_place_and_assigned():
         assert torch.allclose(run.result, net[1:](hidden + 1))
 
 
+def test_a_whole_value_that_is_changed_in_place_after_a_row_was_assigned():
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace([x[:1], x[1:]]) as run:
+        whole = run[0].output
+        run.rows[1][0].output = torch.zeros(1, 4)
+        run.rows[0][0].output = torch.ones(1, 4)
+        whole[0] = 5
+        with pytest.raises(OutOfOrderError, match="changed in place after a part of it had been assigned"):
+            run[1].output
+
+
 def test_rows_that_are_changed_in_place_beside_rows_that_are_assigned():
     def in_place(row):
         row[0].output.mul_(2)
