@@ -251,8 +251,11 @@ def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
 @functools.cache
 def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | None:
     """Return a class's forward pass, sent through the taps; None if it is not a plain method (but static, say)."""
-    is_method = inspect.getattr_static(kind, FORWARD) is forward
-    return functools.wraps(forward)(_through(forward, forward)) if is_method else None
+    if inspect.getattr_static(kind, FORWARD) is not forward:
+        return None
+    hook = functools.wraps(forward)(_through(forward, forward))
+    hook.__signature__ = inspect.signature(forward)  # for code that does not look for `__wrapped__`
+    return hook
 
 
 def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any, Callable | None]:

@@ -74,24 +74,38 @@ _ENTRIES = ("forward", "encode", "decode")  # the methods through which models a
 
 @cache
 def _names_in_code(cls: type, by_index: bool) -> frozenset[str]:
-    """Return the attributes that a class uses in its forward pass and in the methods called from it. With `by_index`,
-    return only those used in methods that also index or iterate."""
+    """Return the attributes that a class uses in its forward pass and in the methods and functions called from it, as
+    far as these belong to the same package. With `by_index`, return only those used in code that also indexes or
+    iterates."""
     found: set[str] = set()
-    waiting = [*_ENTRIES]
-    for name in waiting:
-        codes = [*_codes(getattr(cls, name, None))]
+    package, seen = cls.__module__.partition(".")[0], {*_ENTRIES}
+    bases = [vars(base) for base in cls.__mro__ if not issubclass(nn.Module, base)]  # `super()` may call their methods
+    waiting = [_function(own[name]) for own in bases for name in _ENTRIES if name in own]
+    for function in waiting:
+        codes = [*_codes(function)]
         used = {name for code in codes for name in code.co_names}
-        waiting += sorted(name for name in used if name not in waiting and not hasattr(nn.Module, name))
+        for name in sorted(used - seen):
+            seen.add(name)
+            if not hasattr(nn.Module, name):
+                waiting += [_function(own[name]) for own in bases if name in own]
+        for called in map(_function, map(getattr(function, "__globals__", {}).get, used)):
+            if called not in waiting and getattr(called, "__module__", "").partition(".")[0] == package:
+                waiting.append(called)
         if not by_index or any(map(_indexes, codes)):
             found |= used
     return frozenset(found)
 
 
-def _codes(member: Any) -> Iterator[CodeType]:
-    """Return the code of a method or property, and of the functions inside it."""
+def _function(member: Any) -> Any:
+    """Return the function of a method or property."""
     function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
+    return function
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """Return the code of a function, and of the functions inside it."""
     waiting = [function.__code__] if isinstance(function, FunctionType) else []
     for code in waiting:
         waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]

@@ -12,6 +12,15 @@ WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the m
 _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
 
 
+class Changes:
+    """How often the modules directly in some module have been found to be others than before."""
+
+    count = 0
+
+
+changes = Changes()
+
+
 class Target:
     """One thing that can be tapped: the forward pass of a module (`name` is "forward"), or another method of an object.
 
@@ -78,6 +87,7 @@ class Target:
             return {}
         modules = self.owner._modules
         if self._children is None or self._children[0] != modules:
+            changes.count += self._children is not None
             around = {id(target.owner): target for target in (*self.around(), self)}
             self._children = (
                 dict(modules),

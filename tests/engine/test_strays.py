@@ -122,14 +122,25 @@ class Sometimes(nn.Module):
         elif past and self.way == "index":
             for sequence in self.outer:
                 x = sequence[1](x) + 1
-        elif past:
+        elif past and self.way == "method":
             x = self.normalised(self.outer[0].block, x)
+        elif past:
+            x = normalised(self.outer[0].block, x)
         for block in self.outer:
             x = block(x)
         return x
 
     def normalised(self, block, x):
         return block.norm(x) + 1
+
+
+class Inherited(Sometimes):
+    def forward(self, x, **kwargs):
+        return super().forward(x, **kwargs)
+
+
+def normalised(block, x):
+    return block.norm(x) + 1
 
 
 class Outer(nn.Module):
@@ -142,11 +153,18 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "way, path", [("name", "outer[0].block.norm"), ("method", "outer[0].block.norm"), ("index", "outer[0][1]")]
+    "kind, way, path",
+    [
+        (Sometimes, "name", "outer[0].block.norm"),
+        (Sometimes, "method", "outer[0].block.norm"),
+        (Sometimes, "index", "outer[0][1]"),
+        (Sometimes, "function", "outer[0].block.norm"),
+        (Inherited, "function", "outer[0].block.norm"),
+    ],
 )
-def test_a_call_past_the_module_around_it_that_only_a_later_run_makes(way, path):
+def test_a_call_past_the_module_around_it_that_only_a_later_run_makes(kind, way, path):
     torch.manual_seed(0)
-    net, x = Sometimes(way), torch.randn(2, 4)
+    net, x = kind(way), torch.randn(2, 4)
     model, module = Model(net), net.get_submodule(path.replace("[", ".").replace("]", ""))
     with torch.no_grad():
         with model.trace(x) as run:
@@ -161,3 +179,28 @@ def test_a_call_past_the_module_around_it_that_only_a_later_run_makes(way, path)
         net(x, past=True)
         hook.remove()
         assert len(seen) == 2 and torch.equal(second, seen[1])
+
+
+class Normalised(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x) + 1
+
+
+def test_a_module_that_gets_a_second_place_between_two_runs():
+    torch.manual_seed(0)
+    net, x = Sometimes("name"), torch.randn(2, 4)
+    model = Model(net)
+    with torch.no_grad():
+        with model.trace(x) as run:
+            run.outer[0].output
+        net.first = nn.Sequential(net.first, Normalised(net.outer[0].block.norm))
+        with model.trace(x) as run:
+            run.outer[0].input
+            with pytest.raises(OutOfOrderError, match="too late"):
+                run.outer[0].block.norm.output
+            second = run.outer[0].block.norm.calls[1].output
+        assert torch.equal(second, outputs(net.outer[0].block.norm, net, x)[1])

@@ -56,9 +56,11 @@ def test_a_wrapper_that_names_the_module_in_its_signature(net, x):
 def test_signatures_stay_those_of_the_forward_pass(net, x):
     net.last.forward = lambda x, *, scale=2: x * scale
     before = [inspect.signature(module.forward) for module in (net, net.first, net.last)]
+    names = inspect.getfullargspec(net.first.forward)  # does not look at what a function wraps
     with Model(net).trace(x) as run:
         run.first.output
         assert [inspect.signature(module.forward) for module in (net, net.first, net.last)] == before
+        assert inspect.getfullargspec(net.first.forward) == names
 
 
 def test_a_copy_of_a_module_with_a_forward_pass_of_its_own_is_its_own(net, x):
