@@ -46,8 +46,8 @@ _FEW = 8  # modules; up to this many are hooked faster one by one than together
 
 # Id of a module to: the override of its calls, its name, the value it replaced, the number of runs, and the module.
 _hooked: dict[int, list] = {}
-# Id of a hooked module with a forward pass of its own to that forward pass, as its hook calls it. Hooks that others have
-# kept while it had another one (`old = module.forward`, to wrap it) then let calls pass uncounted.
+# Id of a hooked module with a forward pass of its own to that forward pass, as its hook calls it. Hooks that others
+# have kept while it had another one (`old = module.forward`, to wrap it) then let calls pass uncounted.
 _own_forwards: dict[int, Callable] = {}
 # Signals and garbage collection can interrupt only at function calls. All bookkeeping is therefore updated without
 # calling a function, so that an interrupt never finds a module half hooked.
@@ -184,8 +184,9 @@ class HookedModules:
             held = module.__dict__
             if held.get(name) is not put:
                 with _lock:
-                    *known[:3], original = _of_its_own(module)
-                    held[known[1]] = known[0]
+                    put, name, own, original = _of_its_own(module)
+                    known[:3] = put, name, own
+                    held[name] = put
                     if original is not None:
                         _own_forwards[id(module)] = original
                     else:
@@ -216,7 +217,7 @@ class HookedModules:
             if runs == 1:
                 del _hooked[number]
                 if number in _own_forwards:
-                    del _own_forwards[number]
+                    del _own_forwards[number]  # noqa: RUF051 - `pop` would be a call, see above
                 if is_ours and own is None:
                     del held[name]
                 elif is_ours:
@@ -282,8 +283,8 @@ def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any, Callable | None]
 
 
 def _take_back(module: nn.Module) -> None:
-    """Remove an earlier hook that somebody has put back as the forward pass of a module, as `mock.patch` does at the end
-    of its block."""
+    """Remove an earlier hook that somebody has put back as the forward pass of a module, as `mock.patch` does at the
+    end of its block."""
     held = module.__dict__
     while FORWARD in held:
         hook = held[FORWARD]

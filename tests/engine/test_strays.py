@@ -1,6 +1,8 @@
 """Modules that the model calls past the modules around them, or that stand in several places: no call is taken for
 another, in the first run of a model and in later ones."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -204,3 +206,22 @@ def test_a_module_that_gets_a_second_place_between_two_runs():
                 run.outer[0].block.norm.output
             second = run.outer[0].block.norm.calls[1].output
         assert torch.equal(second, outputs(net.outer[0].block.norm, net, x)[1])
+
+
+def test_a_module_that_has_been_replaced_between_two_runs():
+    torch.manual_seed(0)
+    net, x = Sometimes("name"), torch.randn(2, 4)
+    model = Model(net)
+    with torch.no_grad():
+        for past in (True, False):
+            with model.trace(x, past=past) as run:
+                run.outer[0].output
+            net.outer[0].block.norm = nn.LayerNorm(4)
+            with model.trace(x, past=past) as run:
+                run.outer[0].input
+                if past:
+                    with pytest.raises(OutOfOrderError, match="too late"):
+                        run.outer[0].block.norm.output
+            with model.trace(x, past=past) as run:
+                second = run.outer[0].block.norm.calls[int(past)].output
+            assert torch.equal(second, outputs(net.outer[0].block.norm, partial(net, past=past), x)[-1])
