@@ -630,27 +630,3 @@ def test_a_row_cannot_change_what_all_rows_share(shared, other):
     assert torch.equal(run.result, expected)
     with pytest.raises(AssignmentError, match="that all rows share"), Model(net).trace(x) as run:
         run.rows[1].middle.output = (row, other)
-
-
-@pytest.mark.parametrize(
-    "own, value, told",
-    [
-        (torch.int64, torch.tensor([[2.7]]), "a tensor of torch.int64; it cannot take one of torch.float32"),
-        (torch.bool, torch.tensor([[2]]), "a tensor of torch.bool; it cannot take one of torch.int64"),
-        (torch.uint8, torch.tensor([[300]]), "a tensor of torch.uint8; it cannot take one of torch.int64"),
-        (torch.float32, torch.tensor([[1j]]), "a tensor of torch.float32; it cannot take one of torch.complex64"),
-        (torch.float32, torch.ones(1, 1, device="meta"), "is on cpu; it cannot take a tensor on meta"),
-    ],
-)
-def test_a_row_takes_no_value_that_it_cannot_hold(own, value, told):
-    net, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.ones(2, 1, dtype=own)
-    with pytest.raises(AssignmentError, match=rf"rows\[1\].*output .*{told}"), Model(net).trace(x) as run:
-        run.rows[1][0].output = value
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
-def test_a_row_of_floats_takes_other_numbers(dtype):
-    value = torch.tensor([[1, 0]], dtype=dtype)
-    with Model(nn.Sequential(nn.Identity())).trace(torch.full((2, 2), 3.0)) as run:
-        run.rows[1][0].output = value
-    assert torch.equal(run.result, torch.tensor([[3.0, 3], [1, 0]]))
