@@ -137,6 +137,7 @@ class Part(Selection):
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
             raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
+        _check_kind(whole, value, path)
         # Gradients flow through the rest in any grad mode of the body.
         with torch.set_grad_enabled(whole.requires_grad or value.requires_grad):
             if copies.get(id(whole)) is not whole:
@@ -203,6 +204,31 @@ class TracedPart(Part):
                 f"the batch of {self.total}. Read or assign it on the run itself"
             )
         return super()._slice(tensor, path)
+
+
+def _check_kind(whole: torch.Tensor, value: torch.Tensor, path: object) -> None:
+    """Raise AssignmentError if a row cannot hold a value: if it is on another device, or of a type that would lose
+    something, such as a fraction. Among floating-point types, a row takes any, as in PyTorch."""
+    if value.device != whole.device and not whole.is_meta:
+        raise AssignmentError(
+            f"{path} is on {whole.device}; it cannot take a tensor on {value.device}. Move that with "
+            f"value.to({str(whole.device)!r})"
+        )
+    if value.dtype is not whole.dtype and not _holds(whole.dtype, value.dtype):
+        raise AssignmentError(
+            f"{path} is a tensor of {whole.dtype}; it cannot take one of {value.dtype}. Convert that with "
+            f"value.to({whole.dtype}), or assign the value of all rows on the run itself"
+        )
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a tensor of `dtype` takes values of type `other` without losing more than precision."""
+    if not torch.can_cast(other, dtype):
+        return False
+    if torch.bool in (dtype, other) or dtype.is_floating_point or dtype.is_complex:
+        return True
+    own, others = torch.iinfo(dtype), torch.iinfo(other)
+    return own.min <= others.min and others.max <= own.max
 
 
 def _check_shared(whole: Any, value: Any, path: object) -> None:

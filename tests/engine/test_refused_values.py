@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffsight import Model
-from diffsight.errors import AssignmentError
+from diffsight.errors import AssignmentError, InputError
 
 
 class Fallback(nn.Module):
@@ -108,3 +108,32 @@ def test_a_value_that_was_read_stays_when_another_row_is_assigned():
         x[0].output = torch.ones(1, 4)
         assert torch.equal(before, kept) and torch.equal(row, torch.zeros(1, 4))
         assert torch.equal(run[0].output, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    "own, value, told",
+    [
+        (torch.int64, torch.tensor([[2.7]]), "a tensor of torch.int64; it cannot take one of torch.float32"),
+        (torch.bool, torch.tensor([[2]]), "a tensor of torch.bool; it cannot take one of torch.int64"),
+        (torch.uint8, torch.tensor([[300]]), "a tensor of torch.uint8; it cannot take one of torch.int64"),
+        (torch.float32, torch.tensor([[1j]]), "a tensor of torch.float32; it cannot take one of torch.complex64"),
+    ],
+)
+def test_a_row_takes_no_value_that_it_cannot_hold(own, value, told):
+    net, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.ones(2, 1, dtype=own)
+    with pytest.raises(AssignmentError, match=rf"rows\[1\].*output .*{told}"), Model(net).trace(x) as run:
+        run.rows[1][0].output = value
+
+
+def test_a_row_takes_no_value_on_another_device():
+    refused = pytest.raises((AssignmentError, InputError), match="meta")  # a server is not even sent it
+    with refused, Model(nn.Sequential(nn.Identity())).trace(torch.ones(2, 1)) as run:
+        run.rows[1][0].output = torch.ones(1, 1, device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+def test_a_row_of_floats_takes_other_numbers(dtype):
+    value = torch.tensor([[1, 0]], dtype=dtype)
+    with Model(nn.Sequential(nn.Identity())).trace(torch.full((2, 2), 3.0)) as run:
+        run.rows[1][0].output = value
+    assert torch.equal(run.result, torch.tensor([[3.0, 3], [1, 0]]))
