@@ -297,11 +297,14 @@ class Tap:
             # A copy of the module has the hook too. And a hook that another one has removed is called without kwargs.
             if called is not module or kwargs is None or current_owner() is not self.host or not self.host.taps:
                 return None
+            if next(reversed(module._forward_pre_hooks)) != hook.id and not _moved_last(module, hook.id):
+                return None
             new = self.enter(args, kwargs)
             self.begun = True
             return new
 
-        self.hooks = (*self.hooks, module.register_forward_pre_hook(before, with_kwargs=True))
+        hook = module.register_forward_pre_hook(before, with_kwargs=True)
+        self.hooks = (*self.hooks, hook)
 
     def look_inside(self, is_compiled: bool) -> None:
         """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
@@ -396,6 +399,17 @@ class LearningTap(Tap):
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.host.taps.note_call(self.target)
         return super().enter(args, kwargs)
+
+
+def _moved_last(module: nn.Module, number: int) -> bool:
+    """Return whether a run's hook still comes last before the forward pass in this call: only hooks of other runs
+    follow. Otherwise others were registered since, and it comes after them from the next call on."""
+    hooks = module._forward_pre_hooks
+    following = [*hooks.values()][[*hooks].index(number) + 1 :]
+    if all(getattr(hook, "__code__", None) is hooks[number].__code__ for hook in following):
+        return True
+    hooks.move_to_end(number)
+    return False
 
 
 def _versions(args: tuple, kwargs: dict) -> list[int]:
