@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import _len_torch_function_stack
+from torch._C import _is_fwd_grad_enabled, _len_torch_function_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn import Parameter
@@ -227,7 +227,9 @@ class Tap:
         point, waiting = None, self.awaited.get(key)
         host = self.host
         state: TorchState | None = host.coroutine.state.now()
-        if calls_in_threads or not state.is_plain or (host.state.grad and not state.grad):  # rarely
+        # An autograd function runs without forward-mode gradients too, unlike `no_grad()`.
+        hides_calls = not (state.grad or state.inference or _is_fwd_grad_enabled())
+        if calls_in_threads or not state.is_plain or hides_calls:  # rarely
             self._check_region(key)
             state = None  # it may have changed
         if waiting is not None or key in self.pending:
@@ -263,7 +265,7 @@ class Tap:
         if is_grad_enabled():
             if _top_saved_tensors_default_hooks(True):
                 end_checkpoints()
-        elif self.host.state.grad and is_computed_again():
+        elif is_computed_again():
             self._refuse(
                 key,
                 skip,
