@@ -12,6 +12,7 @@ subclass has the name and the signatures of the original, and compares equal to 
 the last one restores everything.
 """
 
+import copy
 import functools
 import inspect
 import operator
@@ -31,7 +32,7 @@ from diffsight.engine.threads import calls_in_threads, note_call_in_thread
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: the function that its calls go to
-_GETSTATE = "__getstate__"  # returns the state for copies of an object; looked up on the instance too
+_REDUCE, _DEEPCOPY = "__reduce_ex__", "__deepcopy__"  # they make copies of an object; looked up on the instance too
 _OWNER = "_diffsight_owner"  # on a tapped object and its copies: the object to whose taps calls go
 
 _lock = RLock()
@@ -71,10 +72,10 @@ class ModuleGroup:
         forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
         self._distinct, self._forwards = [*forwards], [*forwards.values()]
         functions = {kind: _hook_of(kind, forward) for kind, forward in forwards.items()}
-        self._is_plain = len(modules) > _FEW and all(functions.values())
+        self._is_plain = len(modules) > _FEW and all(functions.values()) and not any(map(_copies_itself, functions))
         if self._is_plain:
             self.puts = [MethodType(functions[type(module)], module) for module in modules.values()]
-            self._states = [MethodType(_state_without_hook, module) for module in modules.values()]
+            self._reduces = [MethodType(_reduce_without_hook, module) for module in modules.values()]
 
     def hook(self, user: "HookedModules") -> bool:
         """Hook the modules for `user`; return False if they must be hooked one by one."""
@@ -97,7 +98,7 @@ class ModuleGroup:
         self.user = user
         _hooked.update(self.entries)
         _run_all(map(_set, held, repeat(FORWARD), self.puts))
-        _run_all(map(_set, held, repeat(_GETSTATE), self._states))
+        _run_all(map(_set, held, repeat(_REDUCE), self._reduces))
         return True
 
     def unhook(self) -> bool:
@@ -111,7 +112,7 @@ class ModuleGroup:
         if not (is_as_it_was and all(map(operator.is_, dicts, self.held))):
             return False
         _run_all(map(_delete, self.held, repeat(FORWARD)))
-        _run_all(map(dict.pop, self.held, repeat(_GETSTATE), repeat(None)))
+        _run_all(map(dict.pop, self.held, repeat(_REDUCE), repeat(None)))
         _run_all(map(_hooked.pop, self.entries))
         if calls_in_threads:
             _run_all(map(calls_in_threads.pop, self.entries, repeat(None)))
@@ -157,11 +158,15 @@ class HookedModules:
                 if function is not None and FORWARD not in held and held.get(COMPILED) is None:
                     put, name, own = MethodType(function, module), FORWARD, None
                 else:
+                    _drop_copied_hook(held)
                     put, name, own = _of_its_own(module)
-                state = MethodType(_state_without_hook, module)
+                reduce = MethodType(_reduce_without_hook, module)
+                deepcopy = MethodType(_deepcopy_without_hook, module) if _copies_itself(kind) else None
                 known = _hooked[number] = [put, name, own, 1, module]
                 held[name] = put
-                held[_GETSTATE] = state
+                held[_REDUCE] = reduce
+                if deepcopy is not None and _DEEPCOPY not in held:
+                    held[_DEEPCOPY] = deepcopy
             self._known.append(known)
             self._held.append(held)
             self._hooks.append(known[0])
@@ -210,26 +215,62 @@ class HookedModules:
                     del held[name]
                 elif is_ours:
                     held[name] = own
-                if _GETSTATE in held:
-                    del held[_GETSTATE]
+                if _REDUCE in held:
+                    del held[_REDUCE]
+                if _DEEPCOPY in held and getattr(held[_DEEPCOPY], "__func__", None) is _deepcopy_without_hook:
+                    del held[_DEEPCOPY]
                 if calls_in_threads:
                     calls_in_threads.pop(number, None)  # last: see above
         self._held, self._hooks = [], []
 
 
-def _state_without_hook(module: nn.Module) -> Any:
-    """Return the state for a copy of a hooked module (`copy`, `deepcopy`, `pickle`), without the hook."""
-    state = type(module).__getstate__(module)
-    known = _hooked.get(id(module))
-    state, *slots = state if isinstance(state, tuple) else (state,)
-    if isinstance(state, dict) and known is not None:
-        put, name, own, *_ = known
-        state = {key: value for key, value in state.items() if key != _GETSTATE}
-        if state.get(name) is put:
-            del state[name]
-            if own is not None:
-                state[name] = own
-    return (state, *slots) if slots else state
+@functools.cache
+def _copies_itself(kind: type[nn.Module]) -> bool:
+    """Whether a class copies its modules with a method of its own, such as those of `torch.nn.utils.parametrize`."""
+    return hasattr(kind, _DEEPCOPY)
+
+
+def _reduce_without_hook(module: nn.Module, protocol: int) -> Any:
+    """Return what `copy.copy`, `copy.deepcopy` and `pickle` need for a copy of a hooked module, without the hook."""
+    return _without_hook(module, lambda: module.__reduce_ex__(protocol))
+
+
+def _deepcopy_without_hook(module: nn.Module, memo: dict) -> Any:
+    """Return a deep copy of a hooked module whose class makes its own copies, without the hook."""
+    return _without_hook(module, lambda: copy.deepcopy(module, memo))
+
+
+def _without_hook(module: nn.Module, call: Callable[[], Any]) -> Any:
+    """Call a function that copies the module's `__dict__`, or returns it, and gets one without the hook."""
+    held = module.__dict__
+    plain = dict(held)
+    _drop_copied_hook(plain)
+    before = dict(plain)
+    try:
+        object.__setattr__(module, "__dict__", plain)
+        return call()
+    finally:
+        object.__setattr__(module, "__dict__", held)
+        held.update({key: value for key, value in plain.items() if before.get(key, before) is not value})
+
+
+def _drop_copied_hook(held: dict[str, Any]) -> None:
+    """Remove the hook from a copy of the `__dict__` of a hooked module, and restore what it replaced."""
+    reduce, deepcopy = held.get(_REDUCE), held.get(_DEEPCOPY)
+    if getattr(reduce, "__func__", None) is not _reduce_without_hook:
+        return
+    del held[_REDUCE]
+    if getattr(deepcopy, "__func__", None) is _deepcopy_without_hook:
+        del held[_DEEPCOPY]
+    for name in (FORWARD, COMPILED):
+        put = held.get(name)
+        replaces = isinstance(put, functools.partial)  # a value that was there before, see `_of_its_own`
+        module = next(iter(put.args), None) if replaces else getattr(put, "__self__", None)
+        function = getattr(put, "func" if replaces else "__func__", None)
+        if module is reduce.__self__ and getattr(function, "__code__", None) is _CODE:
+            del held[name]
+            if replaces:
+                held[name] = put.__wrapped__
 
 
 def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
