@@ -10,13 +10,15 @@ Points in it are refused.
 """
 
 import sys
+from types import FrameType
 
 import torch
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import Function, FunctionCtx
 
-from diffsight.engine.torch_state import restore_saved_tensor_hooks, saved_tensor_hooks
+from diffsight.engine.torch_state import restore_saved_tensor_hooks, saved_tensor_hooks, unseen
 
 _PACKS_FOR_CHECKPOINT = "_checkpoint_hook.__init__.<locals>.pack_hook"  # in torch.utils.checkpoint
+_APPLY = Function.apply.__func__.__code__
 
 
 def end_checkpoints() -> None:
@@ -32,15 +34,26 @@ def end_checkpoints() -> None:
 
 def is_computed_again() -> bool:
     """Whether the model is inside an autograd function that needs gradients and hides its calls from autograd."""
-    frame = sys._getframe(1)
+    inside: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
-            context = frame.f_locals["ctx"]
-            if isinstance(context, FunctionCtx) and any(context.needs_input_grad):
-                return True
+        if frame.f_code is _APPLY and _needs_gradients(frame, inside):
+            return True
+        inside.append(frame)
         frame = frame.f_back
     return False
+
+
+def _needs_gradients(apply: FrameType, inside: list[FrameType]) -> bool:
+    """Whether autograd records the call of an autograd function. `inside` are the frames inside it, innermost first."""
+    function, args = apply.f_locals["cls"], apply.f_locals["args"]
+    if function.setup_context is Function.setup_context:
+        for frame in reversed(inside):
+            context = frame.f_locals.get(*frame.f_code.co_varnames[:1] or ("",))
+            if isinstance(context, FunctionCtx):
+                return bool(context.next_functions)
+    # The context does not exist yet. Whether gradients were enabled outside is unknown.
+    return any(isinstance(arg, torch.Tensor) and unseen(getattr, arg, "requires_grad") for arg in args)
 
 
 def _keep(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

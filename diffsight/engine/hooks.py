@@ -12,6 +12,7 @@ subclass has the name and the signatures of the original, and compares equal to 
 the last one restores everything.
 """
 
+import copy
 import functools
 import inspect
 import operator
@@ -31,7 +32,7 @@ from diffsight.engine.threads import calls_in_threads, note_call_in_thread
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: the function that its calls go to
-_GETSTATE = "__getstate__"  # returns the state for copies of an object; looked up on the instance too
+_REDUCE, _DEEPCOPY = "__reduce_ex__", "__deepcopy__"  # they make copies of an object; looked up on the instance too
 _OWNER = "_diffsight_owner"  # on a tapped object and its copies: the object to whose taps calls go
 
 _lock = RLock()
@@ -44,7 +45,8 @@ _FEW = 8  # modules; up to this many are hooked faster one by one than together
 
 # ---- the forward passes of modules
 
-# Id of a module to: the override of its calls, its name, the value it replaced, the number of runs, and the module.
+# Id of a module to: the override of its calls, its name, the value it replaced, the number of runs, the module, and its
+# `__deepcopy__` during the runs if it has one.
 _hooked: dict[int, list] = {}
 # Id of a hooked module with a forward pass of its own to that forward pass, as its hook calls it. Hooks that others
 # have kept while it had another one (`old = module.forward`, to wrap it) then let calls pass uncounted.
@@ -74,10 +76,10 @@ class ModuleGroup:
         forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
         self._distinct, self._forwards = [*forwards], [*forwards.values()]
         functions = {kind: _hook_of(kind, forward) for kind, forward in forwards.items()}
-        self._is_plain = len(modules) > _FEW and all(functions.values())
+        self._is_plain = len(modules) > _FEW and all(functions.values()) and not any(map(_copies_itself, functions))
         if self._is_plain:
             self.puts = [MethodType(functions[type(module)], module) for module in modules.values()]
-            self._states = [MethodType(_state_without_hook, module) for module in modules.values()]
+            self._reduces = [MethodType(_reduce_without_hook, module) for module in modules.values()]
 
     def hook(self, user: "HookedModules") -> bool:
         """Hook the modules for `user`; return False if they must be hooked one by one."""
@@ -94,13 +96,13 @@ class ModuleGroup:
             return False
         if not self.entries:
             entries = zip(self.modules.items(), self.puts)
-            self.entries = {number: [put, FORWARD, None, 1, module] for (number, module), put in entries}
+            self.entries = {number: [put, FORWARD, None, 1, module, None] for (number, module), put in entries}
         self.held = held
         user.groups.append(self)
         self.user = user
         _hooked.update(self.entries)
         _run_all(map(_set, held, repeat(FORWARD), self.puts))
-        _run_all(map(_set, held, repeat(_GETSTATE), self._states))
+        _run_all(map(_set, held, repeat(_REDUCE), self._reduces))
         return True
 
     def unhook(self) -> bool:
@@ -114,7 +116,7 @@ class ModuleGroup:
         if not (is_as_it_was and all(map(operator.is_, dicts, self.held))):
             return False
         _run_all(map(_delete, self.held, repeat(FORWARD)))
-        _run_all(map(dict.pop, self.held, repeat(_GETSTATE), repeat(None)))
+        _run_all(map(dict.pop, self.held, repeat(_REDUCE), repeat(None)))
         _run_all(map(_hooked.pop, self.entries))
         if calls_in_threads:
             _run_all(map(calls_in_threads.pop, self.entries, repeat(None)))
@@ -160,13 +162,19 @@ class HookedModules:
                 if function is not None and FORWARD not in held and held.get(COMPILED) is None:
                     put, name, own, original = MethodType(function, module), FORWARD, None, None
                 else:
+                    _drop_copied_hook(held)
                     put, name, own, original = _of_its_own(module)
-                state = MethodType(_state_without_hook, module)
-                known = _hooked[number] = [put, name, own, 1, module]
+                reduce = MethodType(_reduce_without_hook, module)
+                deepcopy = None
+                if _copies_itself(kind) and _DEEPCOPY not in held:
+                    deepcopy = MethodType(_deepcopy_without_hook, module)
+                known = _hooked[number] = [put, name, own, 1, module, deepcopy]
                 if original is not None:
                     _own_forwards[number] = original
                 held[name] = put
-                held[_GETSTATE] = state
+                held[_REDUCE] = reduce
+                if deepcopy is not None:
+                    held[_DEEPCOPY] = deepcopy
             self._known.append(known)
             self._held.append(held)
             self._hooks.append(known[0])
@@ -180,7 +188,7 @@ class HookedModules:
             pass
         entries = [*self._known, *(known for group in self.groups for known in group.entries.values())]
         for known in entries:
-            put, name, _, _, module = known
+            put, name, _, _, module, _ = known
             held = module.__dict__
             if held.get(name) is not put:
                 with _lock:
@@ -209,7 +217,7 @@ class HookedModules:
             group.user = None
             del self.groups[-1]
         while self._known:
-            put, name, own, runs, module = known = self._known[-1]
+            put, name, own, runs, module, deepcopy = known = self._known[-1]
             number, held = id(module), module.__dict__
             is_ours = held.get(name) is put  # otherwise someone has replaced it meanwhile
             known[3] = runs - 1
@@ -222,26 +230,62 @@ class HookedModules:
                     del held[name]
                 elif is_ours:
                     held[name] = own
-                if _GETSTATE in held:
-                    del held[_GETSTATE]
+                if _REDUCE in held:
+                    del held[_REDUCE]
+                if deepcopy is not None and _DEEPCOPY in held:
+                    del held[_DEEPCOPY]
                 if calls_in_threads:
                     calls_in_threads.pop(number, None)  # last: see above
         self._held, self._hooks = [], []
 
 
-def _state_without_hook(module: nn.Module) -> Any:
-    """Return the state for a copy of a hooked module (`copy`, `deepcopy`, `pickle`), without the hook."""
-    state = type(module).__getstate__(module)
-    known = _hooked.get(id(module))
-    state, *slots = state if isinstance(state, tuple) else (state,)
-    if isinstance(state, dict) and known is not None:
-        put, name, own, *_ = known
-        state = {key: value for key, value in state.items() if key != _GETSTATE}
-        if state.get(name) is put:
-            del state[name]
-            if own is not None:
-                state[name] = own
-    return (state, *slots) if slots else state
+@functools.cache
+def _copies_itself(kind: type[nn.Module]) -> bool:
+    """Whether a class copies its modules with a method of its own, such as those of `torch.nn.utils.parametrize`."""
+    return hasattr(kind, _DEEPCOPY)
+
+
+def _reduce_without_hook(module: nn.Module, protocol: int) -> Any:
+    """Return what `copy.copy`, `copy.deepcopy` and `pickle` need for a copy of a hooked module, without the hook."""
+    return _without_hook(module, lambda: module.__reduce_ex__(protocol))
+
+
+def _deepcopy_without_hook(module: nn.Module, memo: dict) -> Any:
+    """Return a deep copy of a hooked module whose class makes its own copies, without the hook."""
+    return _without_hook(module, lambda: copy.deepcopy(module, memo))
+
+
+def _without_hook(module: nn.Module, call: Callable[[], Any]) -> Any:
+    """Call a function that copies the module's `__dict__`, or returns it, and gets one without the hook."""
+    held = module.__dict__
+    plain = dict(held)
+    _drop_copied_hook(plain)
+    before = dict(plain)
+    try:
+        object.__setattr__(module, "__dict__", plain)
+        return call()
+    finally:
+        object.__setattr__(module, "__dict__", held)
+        held.update({key: value for key, value in plain.items() if before.get(key, before) is not value})
+
+
+def _drop_copied_hook(held: dict[str, Any]) -> None:
+    """Remove the hook from a copy of the `__dict__` of a hooked module, and restore what it replaced."""
+    reduce, deepcopy = held.get(_REDUCE), held.get(_DEEPCOPY)
+    if getattr(reduce, "__func__", None) is not _reduce_without_hook:
+        return
+    del held[_REDUCE]
+    if getattr(deepcopy, "__func__", None) is _deepcopy_without_hook:
+        del held[_DEEPCOPY]
+    for name in (FORWARD, COMPILED):
+        put = held.get(name)
+        replaces = isinstance(put, functools.partial)  # a value that was there before, see `_of_its_own`
+        module = next(iter(put.args), None) if replaces else getattr(put, "__self__", None)
+        function = getattr(put, "func" if replaces else "__func__", None)
+        if module is reduce.__self__ and getattr(function, "__code__", None) is _CODE:
+            del held[name]
+            if replaces:
+                held[name] = put.__wrapped__
 
 
 def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
 
-# Attributes that libraries put on a module to be called, and one that a run puts there for copies.
-_CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook", "__getstate__")
+# Attributes that libraries put on a module to be called, and those that a run puts there for copies.
+_CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook", "__reduce_ex__", "__deepcopy__")
 
 
 def structural_copy(model: nn.Module, with_weights: bool = False) -> nn.Module:

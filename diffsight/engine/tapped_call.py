@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import _len_torch_function_stack
+from torch._C import _is_fwd_grad_enabled, _len_torch_function_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn import Parameter
@@ -227,7 +227,9 @@ class Tap:
         point, waiting = None, self.awaited.get(key)
         host = self.host
         state: TorchState | None = host.coroutine.state.now()
-        if calls_in_threads or not state.is_plain or (host.state.grad and not state.grad):  # rarely
+        # An autograd function runs without forward-mode gradients too, unlike `no_grad()`.
+        hides_calls = not (state.grad or state.inference or _is_fwd_grad_enabled())
+        if calls_in_threads or not state.is_plain or hides_calls:  # rarely
             self._check_region(key)
             state = None  # it may have changed
         if waiting is not None or key in self.pending:
@@ -263,7 +265,7 @@ class Tap:
         if is_grad_enabled():
             if _top_saved_tensors_default_hooks(True):
                 end_checkpoints()
-        elif self.host.state.grad and is_computed_again():
+        elif is_computed_again():
             self._refuse(
                 key,
                 skip,
@@ -297,11 +299,14 @@ class Tap:
             # A copy of the module has the hook too. And a hook that another one has removed is called without kwargs.
             if called is not module or kwargs is None or current_owner() is not self.host or not self.host.taps:
                 return None
+            if next(reversed(module._forward_pre_hooks)) != hook.id and not _moved_last(module, hook.id):
+                return None
             new = self.enter(args, kwargs)
             self.begun = True
             return new
 
-        self.hooks = (*self.hooks, module.register_forward_pre_hook(before, with_kwargs=True))
+        hook = module.register_forward_pre_hook(before, with_kwargs=True)
+        self.hooks = (*self.hooks, hook)
 
     def look_inside(self, is_compiled: bool) -> None:
         """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
@@ -396,6 +401,17 @@ class LearningTap(Tap):
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.host.taps.note_call(self.target)
         return super().enter(args, kwargs)
+
+
+def _moved_last(module: nn.Module, number: int) -> bool:
+    """Return whether a run's hook still comes last before the forward pass in this call: only hooks of other runs
+    follow. Otherwise others were registered since, and it comes after them from the next call on."""
+    hooks = module._forward_pre_hooks
+    following = [*hooks.values()][[*hooks].index(number) + 1 :]
+    if all(getattr(hook, "__code__", None) is hooks[number].__code__ for hook in following):
+        return True
+    hooks.move_to_end(number)
+    return False
 
 
 def _versions(args: tuple, kwargs: dict) -> list[int]:

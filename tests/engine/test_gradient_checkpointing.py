@@ -260,6 +260,59 @@ def test_reentrant_checkpointing_around_the_point_of_a_region_or_without_gradien
         assert torch.equal(run.first.b.output, hidden)
 
 
+class WithAnotherName(torch.autograd.Function):
+    """Reentrant checkpointing as users write it."""
+
+    @staticmethod
+    def forward(context, function, x):
+        context.function = function
+        context.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    def backward(context, given):
+        x = context.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(context.function(x), given)
+        return None, x.grad
+
+
+class WithSetUp(torch.autograd.Function):
+    """The same, with the context set up apart."""
+
+    @staticmethod
+    def forward(function, x):
+        return function(x)
+
+    @staticmethod
+    def setup_context(context, inputs, output):
+        context.function = inputs[0]
+        context.save_for_backward(inputs[1])
+
+    backward = WithAnotherName.backward
+
+
+@pytest.mark.parametrize("function", [WithAnotherName, WithSetUp])
+def test_checkpointing_functions_of_users_are_refused(plain, function):
+    net, x = plain
+    net.wrap = function.apply
+    with pytest.raises(DiffsightError, match=r"second.b.output.* lies in a region that backward"):
+        with Model(net).trace(x.requires_grad_()) as run:
+            run.second.b.output = torch.zeros(3, 4)
+    with Model(net).trace(x.detach()) as run:  # nothing asks for a gradient
+        run.first.b.output = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize("wrap", [REENTRANT, WithAnotherName.apply])
+def test_a_region_in_which_the_model_enables_gradients_is_refused(plain, wrap):
+    net, x = plain
+    net.wrap_all = torch.enable_grad()(lambda both, x: both(x.detach().requires_grad_()))
+    net.wrap = wrap
+    with pytest.raises(DiffsightError, match=r"first.b.output.* lies in a region that backward"):
+        with torch.no_grad(), Model(net).trace(x) as run:
+            run.first.b.output = torch.zeros(3, 4)
+
+
 def test_checkpointing_of_transformers():
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -58,7 +58,7 @@ def python_calls(function):
 
 
 def clean(net):
-    return all(not {"forward", "__getstate__"} & set(vars(module)) for module in net.modules())
+    return all(not {"forward", "__reduce_ex__"} & set(vars(module)) for module in net.modules())
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from diffsight import Model
@@ -145,3 +146,42 @@ def test_skipped_modules(net, x, layer, plus_one):
         run.layers[0].skip(torch.zeros_like(x))
         assert torch.equal(run.layers[0].output, torch.ones_like(x))
         assert torch.equal(run.layers[1].input, torch.ones_like(x))
+
+
+class RegistersAHook(nn.Module):
+    """Calls its last layer with a hook before it that it registers itself, and removes again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        handle = self.last.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        try:
+            return self.last(self.first(x))
+        finally:
+            handle.remove()
+
+
+def test_the_input_is_what_the_module_gets_after_hooks_that_the_model_registers():
+    torch.manual_seed(0)
+    net, x = RegistersAHook(), torch.randn(2, 4)
+    with torch.no_grad():
+        with Model(net).trace(x) as run:
+            assert torch.equal(run.last.input, net.first(x) * 2)
+        with Model(net).trace(x) as run:
+            run.last.input = torch.ones(2, 4)
+        assert torch.equal(run.result, net.last(torch.ones(2, 4)))
+    assert not net.last._forward_pre_hooks
+
+
+def test_the_input_is_what_the_module_gets_after_hooks_that_the_body_registers(net, x):
+    value = torch.zeros_like(x)
+    with Model(net).trace(x) as run, Model(net).trace(x) as other:
+        run.last.input = value
+        other.last.input = value + 1
+        handle = net.last.register_forward_pre_hook(lambda module, args: (args[0] + 5,))
+        given, others = run.last.output, other.last.output
+    handle.remove()
+    assert torch.equal(given, net.last(value)) and torch.equal(others, net.last(value + 1))
+    assert not net.last._forward_pre_hooks
