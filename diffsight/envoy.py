@@ -16,8 +16,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
-from types import MethodType
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -28,14 +27,15 @@ from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.points import Asked
 from diffsight.engine.run_to_point import Flow
-from diffsight.engine.target import Target, join
+from diffsight.engine.target import Target, in_run, join
 from diffsight.engine.users_line import from_the_asking_line
+from diffsight.envoys_in_values import with_envoys
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from diffsight.notebook_tree import folded
 
 VALUES = ("input", "inputs", "output")
+_OF_PARAMETERS = (nn.ParameterList, nn.ParameterDict)  # modules that hold parameters, and no modules
 _FEW = 12  # parts; up to this many are listed in an error message
-_RAW = ("modules", "named_modules", "children", "named_children")  # methods that yield modules
 
 
 @contextmanager
@@ -172,6 +172,16 @@ class Points:
     def path(self) -> str:
         """The path from the model, as you write it."""
         return self._target.path
+
+    def __eq__(self, other: object) -> bool:
+        """Whether these are the points of the same calls, in the same run."""
+        if not isinstance(other, Points):
+            return NotImplemented
+        is_same = self._tree is other._tree and self._run is other._run and self._part == other._part
+        return is_same and self._target.key == other._target.key and self._call == other._call
+
+    def __hash__(self) -> int:
+        return hash((self._target.key, self._call))
 
     def __repr__(self) -> str:
         note = self._tree.note_on_values(self.path)
@@ -406,25 +416,16 @@ class Envoy(Points):
             ) from None
         if self._tree.elsewhere is not None:
             value = self._tree.elsewhere.attribute(self, name, value)
-        if name in _RAW and isinstance(self._owner, nn.Module) and self._is_in_run():
-            return partial(self._envoys, name)
-        returns_modules = isinstance(value, MethodType) and name.startswith("get_")
-        if (returns_modules or _holds_modules(value)) and self._is_in_run():
-            return self._with_envoys(value)
+        is_in_run = self._is_in_run()
+        if is_in_run and getattr(value, "__func__", None) is nn.Module.apply:
+            raise InputError(
+                f"{join(self.path, name)} passes the modules themselves to the function, where an assigned value has "
+                f"no effect: write a loop, `for module in {in_run(join(self.path, 'modules'))}():`, or call `apply` on "
+                "the module outside the run"
+            )
+        if is_in_run or (isinstance(self._owner, nn.ModuleDict) and name in ("items", "values")):
+            return with_envoys(value, join(self.path, name), self._envoys())
         return value
-
-    def _with_envoys(self, value: Any) -> Any:
-        """Return a value with envoys in place of modules. In a run, assigning to the `.output` of a module itself would
-        have no effect."""
-        if isinstance(value, nn.Module):
-            return self._envoy_of(value)
-        if isinstance(value, MethodType):
-            return lambda *args, **kwargs: self._with_envoys(value(*args, **kwargs))
-        if not _holds_modules(value):
-            return value
-        if type(value) is dict:
-            return {key: self._with_envoys(item) for key, item in value.items()}
-        return type(value)(map(self._with_envoys, value))
 
     def _hint(self, name: str, known: Iterable[str]) -> str:
         """Return a hint at what the user may have meant by a name that does not exist."""
@@ -435,21 +436,26 @@ class Envoy(Points):
         is_short = 0 < len(children) <= _FEW and not any(child.isdigit() for child in children)
         return hint + (f"; its parts are {', '.join(children)}" if is_short else "")
 
-    def _envoys(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """Yield the modules that a method of the module, such as `children`, yields, with envoys in their place."""
-        known = self._targets_inside()
-        for found in getattr(self._owner, name)(*args, **kwargs):
-            path, module = found if isinstance(found, tuple) else ("", found)
-            envoy = self._handle(known[id(module)]) if id(module) in known else module
-            yield (path, envoy) if isinstance(found, tuple) else envoy
+    def _envoys(self) -> Callable[[nn.Module, str], Any]:
+        """Return a function that returns the envoy of a module at a path. A module that is not in the model becomes an
+        envoy if it is an attribute of this one (it has a path), since this one may call it."""
+        known: dict[int, Target] = {}
 
-    def _envoy_of(self, module: nn.Module) -> Any:
-        """Return the envoy of a module inside this one, or the module itself if it is not inside."""
-        target = self._targets_inside().get(id(module))
-        return module if target is None else self._handle(target)
+        def envoy_of(module: nn.Module, path: str) -> Any:
+            if not known:
+                parts = [self._tree.root, *self._tree.children_of(self._tree.root).values()]
+                known.update(self._targets_inside(*parts, *self._tree.attached.targets.values()))
+                known.update(self._targets_inside())
+            target = known.get(id(module))
+            if target is None and path and isinstance(self._owner, nn.Module):
+                target = Target(module, FORWARD, path, self._target)
+            return module if target is None else self._handle(target)
 
-    def _targets_inside(self) -> dict[int, Target]:
-        found, waiting = {}, [self._target]
+        return envoy_of
+
+    def _targets_inside(self, *outer: Target) -> dict[int, Target]:
+        """Return the targets in this one, or in `outer`, by the id of the module; the first of those of one module."""
+        found, waiting = {}, [*(outer or [self._target])]
         for target in waiting:
             found.setdefault(id(target.owner), target)
             waiting += target.inner()
@@ -460,13 +466,15 @@ class Envoy(Points):
 
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, str):
-            return self._at(key)
+            return self._holder_here()[key] if isinstance(self._owner, _OF_PARAMETERS) else self._at(key)
         own = self.__dict__
         outer = own["_target"]
         if type(key) is int and type(outer.owner) is nn.ModuleList:
             target = outer.item(key)
             if target is not None:
                 return self._handle(target)
+        if isinstance(outer.owner, _OF_PARAMETERS):
+            return self._holder_here()[key]
         children = list(own["_tree"].children_of(outer).values())
         if isinstance(key, slice):
             return [*map(self._handle, children[key])]
@@ -492,11 +500,31 @@ class Envoy(Points):
             found = child
         return found
 
-    def __len__(self) -> int:
-        return len(self._tree.children_of(self._target))
+    def _holder_here(self) -> Any:
+        """Return a module that holds parameters, with its weights loaded."""
+        self._tree.load_unless_scanning()
+        return part_in_run(self)
 
-    def __iter__(self) -> Iterator["Envoy"]:
-        return iter(self[:])
+    def __len__(self) -> int:
+        is_of_parameters = isinstance(self._owner, _OF_PARAMETERS)
+        return len(self._owner if is_of_parameters else self._tree.children_of(self._target))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the modules directly in this one, but over the names in a `ModuleDict`, as PyTorch does."""
+        if isinstance(self._owner, _OF_PARAMETERS):
+            return iter(self._holder_here())
+        return iter([*self._tree.children_of(self._target)] if isinstance(self._owner, nn.ModuleDict) else self[:])
+
+    def __reversed__(self) -> Iterator[Any]:
+        return reversed([*self])
+
+    def __contains__(self, item: Any) -> bool:
+        """Whether a module or its envoy is directly in this one. A string is looked up among the names."""
+        if isinstance(self._owner, _OF_PARAMETERS):
+            return item in self._owner
+        children = self._tree.children_of(self._target)
+        owner = item._owner if isinstance(item, Envoy) else item
+        return item in children if isinstance(item, str) else any(child.owner is owner for child in children.values())
 
     def __bool__(self) -> bool:
         return True
@@ -622,9 +650,3 @@ def part_in_run(points: Points) -> Any:
     flow = None if points._run is not None else points._tree.open_runs.innermost(points._tree)
     run = points._run if flow is None else flow.run()
     return points._target.owner if run is None else run._own_copy(points._target.owner)
-
-
-def _holds_modules(value: Any) -> bool:
-    """Whether a value is a module, or a list, tuple or dictionary with modules in it."""
-    items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
-    return any(isinstance(item, nn.Module) for item in items)

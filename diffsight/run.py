@@ -350,8 +350,14 @@ class Run(InRun):
     def __getitem__(self, key: int | str | slice) -> Any:
         return self._root()[key]
 
-    def __iter__(self) -> Iterator[Envoy]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._root())
+
+    def __reversed__(self) -> Iterator[Any]:
+        return reversed(self._root())
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._root()
 
     def __len__(self) -> int:
         return len(self._root())

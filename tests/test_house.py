@@ -54,6 +54,7 @@ ENGINE = [
     "engine.scan_mode",
     "engine.scan",
     "engine.capture",
+    "envoys_in_values",
     "envoy",
     "rows",
     "recorded_values",

@@ -108,6 +108,10 @@ class CompatEnvoy(Envoy):
             found = getattr(found, name)
         return found
 
+    def __iter__(self) -> Iterator["CompatEnvoy"]:
+        """Iterate over the modules directly in this one, in a `ModuleDict` too."""
+        return iter(self[:])
+
     def modules(self, include_fn: Callable[["CompatEnvoy"], bool] | None = None, names: bool = False) -> list[Any]:
         """Return this module and all modules inside it, innermost first; with `names`, as (path, module) pairs."""
         found = [envoy for envoy in self._inside(set()) if include_fn is None or include_fn(envoy)]

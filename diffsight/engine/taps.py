@@ -228,6 +228,8 @@ class Taps(dict[Key, Tap]):
         if name == FORWARD:
             self.calls[number] = tap
             self.hooked.hook([target.owner])
+            if tap.origin.guard is not None and not _is_registered(target):
+                tap.unseen = tap.unseen_in_step = 1  # it was not counted with the other modules
         else:
             tap.hooks = (*tap.hooks, target.attach(tap))
         return tap
@@ -253,3 +255,8 @@ class Taps(dict[Key, Tap]):
             unseen_in_step,
             (around, around.active[-1]) if running else around.origin.guard,
         )
+
+
+def _is_registered(target: Target) -> bool:
+    """Whether a module is a child of the module around it, not in a plain list of it, say."""
+    return any(child.owner is target.owner for child in target.outer.children().values())

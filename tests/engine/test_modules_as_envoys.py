@@ -1,0 +1,149 @@
+"""Lists, dictionaries, attributes and methods of a model return envoys in a run, never modules that take no values."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffsight import Model
+from diffsight.errors import InputError, NeverReachedError, OutOfOrderError
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.named = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.scales, self.shifts = nn.ParameterList([torch.ones(4)]), nn.ParameterDict({"a": torch.zeros(4)})
+        self.last = nn.Tanh()
+        self.space, self.find = SimpleNamespace(last=self.last, size=4), lambda: self.last
+        self.nested, self.number = {"last": [("tanh", self.last)]}, lambda: 4
+        self.__dict__["hidden"] = nn.Linear(4, 4)
+        self.kept = [nn.Linear(4, 4)]  # in a plain list, so not registered
+
+    def blocks(self):
+        yield from self.named.values()
+        yield self.last
+
+    def new(self):
+        return nn.Linear(4, 4)
+
+    def forward(self, x):
+        for layer in (*self.named.values(), *self.layers, self.hidden, self.kept[0]):
+            x = layer(x)
+        return self.last(x * self.scales[0] + self.shifts["a"])
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield Net()
+
+
+X, ZERO = torch.ones(2, 4), torch.zeros(2, 4)
+
+WAYS = {
+    "values": lambda run: next(iter(run.named.values())),
+    "items": lambda run: dict(run.named.items())["one"],
+    "iteration": lambda run: run.named[next(iter(run.named))],
+    "a slice": lambda run: run.layers[1:][0],
+    "reversed": lambda run: next(reversed(run.layers)),
+    "a namespace": lambda run: run.space.last,
+    "a function": lambda run: run.find(),
+    "nested containers": lambda run: run.nested["last"][0][1],
+    "a generator": lambda run: [*run.blocks()][-1],
+    "itself": lambda run: run.named.one.eval(),
+    "out of another": lambda run: run.layers[0].train(False),
+    "unregistered": lambda run: run.hidden,
+    "unregistered in a list": lambda run: run.kept[0],
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_value_is_assigned_to_the_envoy(net, way):
+    plain = way(net)
+    handle = plain.register_forward_hook(lambda *_: ZERO)
+    expected = net(X)
+    handle.remove()
+    with Model(net).trace(X) as run:
+        way(run).output = ZERO
+    assert torch.equal(run.result, expected) and not any("output" in vars(module) for module in net.modules())
+
+
+def test_a_dictionary_of_modules(net):
+    model = Model(net)
+    with model.trace(X) as run:
+        for named in (run.named, model.named):
+            assert [*named] == [*named.keys()] == ["one", "two"] and [*reversed(named)] == ["two", "one"]
+            assert len(named) == 2 and "one" in named and "three" not in named
+            assert [module.path for module in named.values()] == ["named.one", "named.two"]
+            assert {name: module.path for name, module in named.items()} == {"one": "named.one", "two": "named.two"}
+            assert [*named.values()] == [named.one, named["two"]] == named[:]
+    assert "named" in run and "one" not in run
+    model = Model(nn.Sequential(net.named["one"], nn.Tanh()))
+    with model.trace(X) as run:
+        assert run[0] in run and net.named["one"] in run and [*reversed(run)] == [run[1], run[0]]
+
+
+def test_a_list_of_modules(net):
+    with Model(net).trace(X) as run:
+        layers = run.layers
+        assert layers[1] in layers and net.layers[1] in layers and run.last not in layers
+        assert [*layers].index(layers[2]) == 2 and [*reversed(layers)] == [layers[2], layers[1], layers[0]]
+        assert layers[0] != layers[1] and len({layers[0], layers[0], layers[1]}) == 2
+        assert layers[0].calls[1] != layers[0].calls[0] == layers[0].calls[0] and layers[0] != 3
+
+
+def test_lists_and_dictionaries_of_parameters(net):
+    with Model(net).trace(X) as run:
+        assert next(iter(run.scales)) is run.scales[0] is run.scales[-1] is net.scales[0] and len(run.scales) == 1
+        assert [*run.shifts] == ["a"] and "a" in run.shifts and run.shifts["a"] is net.shifts["a"]
+
+
+def test_apply_is_refused(net):
+    model = Model(net)
+    with model.trace(X) as run:
+        with pytest.raises(InputError, match=r"named.apply passes the modules .*run.named.modules\(\)"):
+            run.named.apply(print)
+    seen = []
+    model.named.apply(seen.append)
+    assert seen == [*net.named.values(), net.named]
+
+
+def test_what_is_no_module_of_the_model(net):
+    with pytest.raises(NeverReachedError, match=r"spare\.output"):
+        net.__dict__["spare"] = nn.Linear(4, 4)
+        with Model(net).trace(X) as run:
+            run.spare.output = ZERO
+    with Model(net).trace(X) as run:
+        assert isinstance(run.new(), nn.Linear) and run.space.size == run.number() == 4
+        assert run.number is net.number and [name for name, _ in run.last.named_parameters()] == []
+
+
+class Hidden(nn.Module):
+    """Calls a module that is not registered twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.kept = nn.Linear(4, 4), [nn.Linear(4, 4)]
+
+    def forward(self, x):
+        return self.kept[0](self.first(self.kept[0](x)))
+
+
+def test_a_later_call_of_an_unregistered_module_is_not_given_as_the_first():
+    net = nn.Sequential(Hidden(), Hidden())
+    with torch.no_grad():
+        hidden = net[0](X)
+        first = net[1].kept[0](hidden)
+        with Model(net).trace(X) as run:
+            assert torch.equal(run[0].output, hidden)
+            assert torch.equal(run[1].kept[0].output, first)
+            assert torch.equal(run[1].kept[0].calls[1].output, net[1](hidden))
+        for early in (lambda run: run[1].first.input, lambda run: run[1].first.output):
+            with pytest.raises(OutOfOrderError, match=r"kept\[0\].output was asked for too late"):
+                with Model(net).trace(X) as run:
+                    early(run)
+                    run[1].kept[0].output
