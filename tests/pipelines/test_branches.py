@@ -637,7 +637,7 @@ def test_a_perturbed_half_of_the_same_text_is_an_error(prompts):
     pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
     inputs = {**CASES["stable_diffusion"].inputs(steps=1), "pag_scale": 2.0, "guidance_scale": 0.0, "prompt": prompts}
     del inputs["num_images_per_prompt"], inputs["negative_prompt"]
-    with pytest.raises(InputError, match="cond.unet.mid_block.output belongs to an unknown branch"):
+    with pytest.raises(InputError, match=r"cond\.unet\.mid_block\.output belongs to an unknown branch"):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.cond.unet.mid_block.output
     with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
