@@ -431,6 +431,11 @@ class LanguageModel(Accessors, Model):
             )
         check_arguments(type(self._owner).__name__, kwargs, self.argument_names, near={"inputs", "grad"})
 
+    @property
+    def _names_of_inputs(self) -> set[str]:
+        """The names that a dictionary of inputs may have."""
+        return self.argument_names
+
     _left_out_of_generate = ("position_ids", "token_type_ids")  # computed by `generate`, or not accepted
 
     def _has_input(self, kwargs: Mapping[str, Any]) -> bool:
@@ -440,8 +445,11 @@ class LanguageModel(Accessors, Model):
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
         owner = self._owner
         left = self._pads_left() and (writes or self._reads_left_padded)
-        given, beside = (dict(kwargs), None) if inputs is None else (inputs, kwargs)
-        encoded = prepare_inputs(owner, self.tokenizer, given, left, beside)
+        if inputs is None:  # the names of these arguments have been checked
+            encoded = prepare_inputs(owner, self.tokenizer, dict(kwargs), left, {*kwargs})
+        else:
+            known = self._names_of_inputs | (self.generation_argument_names if writes else set())
+            encoded = prepare_inputs(owner, self.tokenizer, inputs, left, known, kwargs)
         if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
             raise cannot_ignore_padding(owner)
         return encoded
