@@ -60,6 +60,7 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.language.padding import cannot_ignore_padding, pads_left, reads_left_padded, sees_padding
 from diffsight.pipelines.language.value_parts import Logits, NextLogits
+from diffsight.pipelines.loading_arguments import UNTRUSTED
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.remote import ServedModel, is_on_server, put_on_server
@@ -322,6 +323,8 @@ class LanguageModel(Accessors, Model):
         given["stopping_criteria"] = generated.along_with(self._owner, given)
         if is_usual and self.tokenizer is not None and setting(self._owner, given, "stop_strings") is not None:
             given.setdefault("tokenizer", self.tokenizer)  # `generate` needs it to find them
+        if isinstance(kwargs.get("custom_generate"), str):
+            given = UNTRUSTED | given
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
