@@ -44,6 +44,8 @@ from diffsight.extending import (
 )
 from diffsight.pipelines.hub_access import cache_only_if_offline
 from diffsight.pipelines.language.generation import Choice, GeneratedTokens, GenerationRun, set_generated
+from diffsight.pipelines.loading_arguments import UNTRUSTED
+from diffsight.pipelines.loading_errors import reason_of
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.pipeline_options import (
     check_options_of_call,
@@ -245,15 +247,13 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
         with cache_only_if_offline():
             if is_task:
                 check_options_of_loading(str(source), arguments)
-            pipeline = transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
+            named = {"task" if is_task else "model": str(source)}
+            pipeline = transformers.pipeline(**named, **UNTRUSTED | arguments)
     except DiffsightError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in the libraries
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "" if str(source) in tasks else suggest(str(source), tasks)
-        raise InputError(
-            f"the pipeline {str(source)!r} cannot be loaded{hint}: {type(error).__name__}: {reason}"
-        ) from error
+        raise InputError(f"the pipeline {str(source)!r} cannot be loaded{hint}: {reason_of(error)}") from error
     check_options_of_opened(pipeline, arguments)
     return pipeline
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from diffsight.pipelines.arguments import check_arguments, named_arguments
 
+UNTRUSTED = {"trust_remote_code": False}  # by default, transformers asks at the terminal whether to run the code
 _OF_WRAPPERS = ("dispatch", "remote", "api_key")
 _PLACE = "pretrained_model_name_or_path"
 

@@ -25,7 +25,7 @@ def explained(failed: str, unknown: str | None = None) -> Iterator[None]:
     except Exception as error:  # a damaged file or configuration can fail anywhere in the libraries
         if isinstance(error, OSError) and unknown is not None:  # huggingface_hub finds no repository, or no network
             raise InputError(f"{unknown}. {hub_says(first_line(error))}") from error
-        raise InputError(f"{failed}: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"{failed}: {reason_of(error)}") from error
 
 
 def hub_says(reason: str) -> str:
@@ -33,6 +33,14 @@ def hub_says(reason: str) -> str:
     if hub_access():
         return "The hub cannot be reached, and the model is not in the cache"
     return f"The hub: {reason.split('. ')[0]}"
+
+
+def reason_of(error: Exception) -> str:
+    """Return the type and the first line of an error, and how to run a repository's own code if it is about that."""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if "trust_remote_code" in str(error) and "trust_remote_code" not in reason:
+        reason = f"{reason.rstrip(' .')}. If you trust that code, pass trust_remote_code=True"
+    return reason
 
 
 def first_line(error: Exception) -> str:

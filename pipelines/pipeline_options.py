@@ -20,7 +20,7 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs,
 
 from diffsight.pipelines.arguments import check_arguments, named_arguments
 from diffsight.pipelines.language.generation import generation_argument_names
-from diffsight.pipelines.loading_arguments import arguments_of_init, arguments_of_method
+from diffsight.pipelines.loading_arguments import UNTRUSTED, arguments_of_init, arguments_of_method
 
 _OF_PROCESSORS = (TextKwargs, ImagesKwargs, VideosKwargs, AudioKwargs)
 
@@ -87,7 +87,7 @@ def _model_class(options: Mapping[str, Any]) -> type[nn.Module] | None:
     place = options.get("config") or model
     if place is None:
         return None
-    hub = {name: options[name] for name in ("revision", "token", "trust_remote_code") if name in options}
+    hub = UNTRUSTED | {name: options[name] for name in ("revision", "token", "trust_remote_code") if name in options}
     given = isinstance(place, transformers.PreTrainedConfig)
     config = place if given else transformers.AutoConfig.from_pretrained(place, **hub)
     return getattr(transformers, (config.architectures or [""])[0], None)

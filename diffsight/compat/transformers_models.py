@@ -143,7 +143,8 @@ def _with_class(transformers: Any, source: str, automodel: Any, task: str | None
         return kwargs.get("config")
     automodel = getattr(transformers, automodel) if isinstance(automodel, str) else automodel
     kinds = (automodel,) if automodel else transformers.pipelines.PIPELINE_REGISTRY.check_task(task)[1]["pt"]
-    hub = {n: kwargs[n] for n in ("trust_remote_code", "revision", "token", "cache_dir") if n in kwargs}
+    hub = {n: kwargs[n] for n in ("revision", "token", "cache_dir") if n in kwargs}
+    hub["trust_remote_code"] = kwargs.get("trust_remote_code", False)  # without it, transformers asks at the terminal
     config = deepcopy(kwargs.get("config")) or transformers.AutoConfig.from_pretrained(source, **hub)
     if config.architectures and config.architectures[0] in {kind.__name__ for kind in kinds}:
         return config
@@ -181,7 +182,7 @@ def _image_processor(transformers: Any, source: Any, model: Any) -> Any:
     ):
         return own
     try:
-        return transformers.AutoImageProcessor.from_pretrained(source)
+        return transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
 

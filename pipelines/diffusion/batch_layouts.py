@@ -24,6 +24,7 @@ from diffsight.pipelines.diffusion.components import GUIDERS_METHODS, TEXT_EMBED
 from diffsight.pipelines.diffusion.prompts import as_read, text_tokenizer
 
 COND, UNCOND = "cond", "uncond"
+VIDEO = 5  # dimensions of the latents of videos: batch, channels, frames, height, width
 
 BatchLayout = tuple[tuple[str, int], ...]  # for each entry of a batch, its branch and the index of its prompt
 Embeddings = torch.Tensor | Sequence[torch.Tensor]  # embeddings of texts, one per entry of a batch
@@ -171,16 +172,23 @@ class BatchLayouts:
         seen, found = self._seen.get((component, turn), (None, []))
         if any(value is seen for value in values):  # usually the same in every step
             return found
-        total = self.prompts * self.images
         for value, texts in product(values, self._embeddings):
             fits = partial(self._fits, value, texts)
-            for frames in sorted({1, len(value) // (2 * total), len(value) // total}):  # video: one entry per frame
+            for frames in self._frames(values, len(value)):
                 possible = self._possible(self.images * frames, len(value))
                 found = [layout for layout in possible if all(map(fits, *_pairs(layout)))]
                 if found:
                     self._seen[component, turn] = (value, found)
                     return found
         return []
+
+    def _frames(self, values: list[Embeddings], size: int) -> list[int]:
+        """Return how many entries each image or video may have in a batch of this size: several only if the denoiser
+        gets videos, whose frames have an entry each."""
+        videos = [v.shape for v in values if isinstance(v, torch.Tensor) and v.ndim == VIDEO]
+        frames = {shape[axis] for shape in videos for axis in (1, 2) if shape[0] * shape[axis] == size}
+        length = self._arguments.get("video_length", call_defaults(self._pipeline).get("video_length"))
+        return sorted({1, *frames, length or 1})  # the frames of TextToVideoZero are a batch of images
 
     def _fits(self, value: Embeddings, texts: dict[str, Embeddings], position: int, entry: tuple[str, int]) -> bool:
         branch, prompt = entry

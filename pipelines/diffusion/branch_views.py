@@ -21,10 +21,9 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.extending import Part, Row, Run, Tap, View, each, flow_of, keeping_attribute_errors, raise_kept
-from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND, BatchLayout, BatchLayouts
+from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND, VIDEO, BatchLayout, BatchLayouts
 from diffsight.remote import sent_as
 
-VIDEO = 5  # dimensions of the latents of videos: batch, channels, frames, height, width
 _WORDS = {COND: "conditional", UNCOND: "unconditional"}
 
 

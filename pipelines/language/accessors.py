@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffsight.errors import InputError, PointNotFoundError
@@ -233,7 +234,7 @@ class Accessors(LayerAccessors):
         factor: float = 1.0,
         positions: int | Sequence[int] | None = None,
     ) -> None:
-        """Add `factor * vector` to the output of layers.
+        """Add `factor * vector` to the output of layers. A layer or position that is listed twice is steered once.
 
         Args:
             layers: The number of a layer, or several.
@@ -246,11 +247,9 @@ class Accessors(LayerAccessors):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
         if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
             raise InputError(f"the factor of steer is a number, not {factor!r}")
-        if positions is not None and not all(hasattr(place, "__index__") for place in _listed(positions)):
-            raise InputError(f"the positions of steer are integers, not {positions!r}")
-        places = None if positions is None else [operator.index(p) for p in _listed(positions)]
+        places = None if positions is None else [_place(p, positions) for p in _listed(positions)]
         mask = None if places is None else self._padding_mask()
-        for index in _listed(layers):
+        for index in dict.fromkeys(self._index(index, "steer") for index in _listed(layers)):
             layer = self._call_of_layer(self._layer(index, "steer"), index, "steer")
             _part_of_value(layer, FIRST, Added(places, mask)).output = vector * factor
 
@@ -367,7 +366,14 @@ def _result(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     return handle_on(layer, heads_result(_attention(layer, path), path)), "output", None
 
 
+def _place(place: Any, positions: Any) -> int:
+    if isinstance(place, bool) or not hasattr(place, "__index__"):
+        hint = ": for a mask, mask.nonzero() returns its positions" if isinstance(place, bool) else ""
+        raise InputError(f"the positions of steer are integers, not {positions!r}{hint}")
+    return operator.index(place)
+
+
 def _listed(value: Any) -> list:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.flatten().tolist()
     return list(value) if isinstance(value, (Sequence, range)) and not isinstance(value, str) else [value]

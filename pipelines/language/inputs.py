@@ -74,10 +74,24 @@ class Inputs:
 
 
 PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # arguments that describe the token ids
+_OF_TOKENIZERS = {  # what a tokenizer can return beside a model's arguments
+    "token_type_ids",
+    "special_tokens_mask",
+    "offset_mapping",
+    "overflow_to_sample_mapping",
+    "overflowing_tokens",
+    "num_truncated_tokens",
+    "length",
+}
 
 
 def prepare_inputs(
-    model: nn.Module, tokenizer: Any, given: Any, left: bool, beside: Mapping[str, Any] | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    given: Any,
+    left: bool,
+    known: set[str],
+    beside: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Return a user's input as arguments for the model's forward pass.
 
@@ -86,18 +100,21 @@ def prepare_inputs(
         tokenizer: Its tokenizer, or None.
         given: A text, a list of texts, token ids, a tensor, a dictionary or chat messages.
         left: Whether padding goes to the left.
+        known: The arguments that a dictionary may hold.
         beside: Arguments passed beside the input. Those that describe the tokens (`PER_TOKEN`) belong to it.
 
     Raises:
         InputError: The input is empty, longer than the model's context, or of a kind that models do not take.
     """
-    values = _values(tokenizer, given, left)
+    if isinstance(given, Mapping) and not _is_message(given):
+        values = _of_dictionary(type(model).__name__, given, known)
+    else:
+        values = _values(tokenizer, given, left)
     for name in PER_TOKEN:
         value = None if beside is None else beside.get(name)
         if value is not None:
             value = _as_tensor(name, value)
             values[name] = value[None] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
-    _check_known(model, values)
     tokens = values.get("input_ids")
     if not isinstance(tokens, torch.Tensor):
         first = next((v for v in values.values() if isinstance(v, torch.Tensor) and v.ndim), None)
@@ -129,20 +146,30 @@ def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
     if isinstance(given, torch.Tensor):
         return {"input_ids": _ids(given)}
     if isinstance(given, Mapping):
-        if "role" in given and "content" in given:
-            return _of_chats(tokenizer, [[given]], left)
-        if not given:
-            raise InputError("there is no input, because the dictionary is empty")
-        values = {name: _as_tensor(name, value) for name, value in given.items()}
-        if isinstance(values.get("input_ids"), torch.Tensor) and values["input_ids"].ndim == 1:
-            values = {n: v[None] if isinstance(v, torch.Tensor) and v.ndim == 1 else v for n, v in values.items()}
-        return values
+        return _of_chats(tokenizer, [[given]], left)
     if (isinstance(given, Sequence) and not isinstance(given, bytes)) or hasattr(given, "__array__"):
         return _of_list(tokenizer, list(given), left)
     raise InputError(
         f"a language model takes a string, a list of strings, token ids, a tensor, a dictionary or chat messages, not "
         f"{type(given).__name__}"
     )
+
+
+def _is_message(given: Mapping) -> bool:
+    return "role" in given and "content" in given
+
+
+def _of_dictionary(title: str, given: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """Return the arguments in a dictionary, without those that tokenizers return for the user alone."""
+    if not given:
+        raise InputError("there is no input, because the dictionary is empty")
+    for name in given:
+        if name not in known | _OF_TOKENIZERS:
+            raise InputError(f"{title} takes no {name!r} in a dictionary of inputs{suggest(str(name), sorted(known))}")
+    values = {name: _as_tensor(name, value) for name, value in given.items() if name in known}
+    if isinstance(values.get("input_ids"), torch.Tensor) and values["input_ids"].ndim == 1:
+        values = {n: v[None] if isinstance(v, torch.Tensor) and v.ndim == 1 else v for n, v in values.items()}
+    return values
 
 
 def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
@@ -248,13 +275,6 @@ def _required(tokenizer: Any, what: str) -> Any:
 def _check_not_empty(ids: torch.Tensor, text: str) -> None:
     if not len(ids):
         raise InputError(f"the prompt {text!r} has no tokens: pass at least one word, or token ids")
-
-
-def _check_known(model: nn.Module, values: Mapping[str, Any]) -> None:
-    known = inspect.signature(unwrapped(model).forward).parameters
-    if "input_ids" in known and values.keys().isdisjoint(known):
-        hints = "".join(f"{name!r}{suggest(name, known)}" for name in list(values)[:1])
-        raise InputError(f"{type(model).__name__} takes none of the arguments in the dictionary: {hints}")
 
 
 def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:

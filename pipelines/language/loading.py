@@ -19,8 +19,8 @@ from diffsight.pipelines.folder_checks import check_configurations, check_vocabu
 from diffsight.pipelines.hub_access import hub_access
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
-from diffsight.pipelines.loading_arguments import check_model_arguments
-from diffsight.pipelines.loading_errors import explained, first_line
+from diffsight.pipelines.loading_arguments import UNTRUSTED, check_model_arguments
+from diffsight.pipelines.loading_errors import explained, first_line, reason_of
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 from diffsight.pipelines.weights import (
@@ -72,7 +72,7 @@ def open_language_model(
         )
     name = str(source)
     place, gguf = _place(name)
-    arguments = gguf | ({} if find_path(place) else hub_access()) | arguments
+    arguments = gguf | _usual(place) | arguments
     with _explained(name, place):
         check_configurations(Path(place))
         config, kind = _checked(place, arguments)
@@ -116,7 +116,7 @@ def check_loading(source: Source, arguments: Mapping[str, Any]) -> None:
         place, gguf = _place(str(source))
         with _explained(str(source), place):
             check_configurations(Path(place))
-            _checked(place, gguf | ({} if find_path(place) else hub_access()) | arguments)
+            _checked(place, gguf | _usual(place) | arguments)
 
 
 def _checked(place: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -165,12 +165,17 @@ def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) 
             check_vocabulary(Path(place), tokenizer)
         return tokenizer
     except Exception as error:  # the library for damaged files raises plain exceptions
-        if any(Path(place).glob("tokenizer*")):
+        if any(Path(place).glob("tokenizer*")) or "trust_remote_code" in str(error):
             raise InputError(
-                f"the tokenizer in {place} cannot be loaded: {type(error).__name__}: {first_line(error)}. "
+                f"the tokenizer in {place} cannot be loaded: {reason_of(error)}. "
                 "Pass another one, as in LanguageModel(place, tokenizer=tokenizer)"
             ) from error
         return None
+
+
+def _usual(place: str | Path) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that users rarely pass."""
+    return UNTRUSTED | ({} if find_path(place) else hub_access())
 
 
 def hub_arguments(arguments: Mapping[str, Any], *more: str) -> dict[str, Any]:
@@ -182,9 +187,10 @@ def hub_arguments(arguments: Mapping[str, Any], *more: str) -> dict[str, Any]:
 def _tokenizer(given: Any) -> Any:
     if isinstance(given, (str, Path)):
         try:
-            return transformers.AutoTokenizer.from_pretrained(given, **({} if find_path(given) else hub_access()))
+            return transformers.AutoTokenizer.from_pretrained(given, **_usual(given))
         except Exception as error:
-            raise InputError(f"there is no tokenizer {str(given)!r}: {first_line(error)}") from error
+            hint = ". Load it yourself, and pass the tokenizer" if "trust_remote_code" in str(error) else ""
+            raise InputError(f"there is no tokenizer {str(given)!r}: {first_line(error)}{hint}") from error
     if given is not None and not callable(given):
         raise InputError(f"a tokenizer is a name, a folder or a transformers tokenizer, not {type(given).__name__}")
     return given

@@ -60,6 +60,7 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.language.padding import cannot_ignore_padding, pads_left, reads_left_padded, sees_padding
 from diffsight.pipelines.language.value_parts import Logits, NextLogits
+from diffsight.pipelines.loading_arguments import UNTRUSTED
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.remote import ServedModel, is_on_server, put_on_server
@@ -322,6 +323,8 @@ class LanguageModel(Accessors, Model):
         given["stopping_criteria"] = generated.along_with(self._owner, given)
         if is_usual and self.tokenizer is not None and setting(self._owner, given, "stop_strings") is not None:
             given.setdefault("tokenizer", self.tokenizer)  # `generate` needs it to find them
+        if isinstance(kwargs.get("custom_generate"), str):
+            given = UNTRUSTED | given
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
@@ -431,6 +434,11 @@ class LanguageModel(Accessors, Model):
             )
         check_arguments(type(self._owner).__name__, kwargs, self.argument_names, near={"inputs", "grad"})
 
+    @property
+    def _names_of_inputs(self) -> set[str]:
+        """The names that a dictionary of inputs may have."""
+        return self.argument_names
+
     _left_out_of_generate = ("position_ids", "token_type_ids")  # computed by `generate`, or not accepted
 
     def _has_input(self, kwargs: Mapping[str, Any]) -> bool:
@@ -440,8 +448,11 @@ class LanguageModel(Accessors, Model):
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
         owner = self._owner
         left = self._pads_left() and (writes or self._reads_left_padded)
-        given, beside = (dict(kwargs), None) if inputs is None else (inputs, kwargs)
-        encoded = prepare_inputs(owner, self.tokenizer, given, left, beside)
+        if inputs is None:  # the names of these arguments have been checked
+            encoded = prepare_inputs(owner, self.tokenizer, dict(kwargs), left, {*kwargs})
+        else:
+            known = self._names_of_inputs | (self.generation_argument_names if writes else set())
+            encoded = prepare_inputs(owner, self.tokenizer, inputs, left, known, kwargs)
         if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
             raise cannot_ignore_padding(owner)
         return encoded

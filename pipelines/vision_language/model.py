@@ -179,6 +179,10 @@ class VisionLanguageModel(LanguageModel):
             return process(self.processor, texts, images, self._pads_left())
         return process_chats(self.processor, chats, images, self._pads_left())
 
+    @property
+    def _names_of_inputs(self) -> set[str]:
+        return super().argument_names.union(getattr(self.processor, "model_input_names", ()))
+
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
         encoded = super()._encode(inputs, kwargs, writes)
         given = inputs if isinstance(inputs, Mapping) else kwargs

@@ -15,6 +15,8 @@ import transformers
 
 from diffsight.errors import InputError
 from diffsight.pipelines.hub_access import hub_access
+from diffsight.pipelines.loading_arguments import UNTRUSTED
+from diffsight.pipelines.loading_errors import reason_of
 from diffsight.pipelines.local_paths import find_path
 from diffsight.pipelines.valid_text import check_text
 from diffsight.pipelines.vision_language.images import images_of
@@ -26,11 +28,10 @@ _ONLY_FOR_TRAINING = ("labels",)
 def load_processor(place: str | Path, **of_hub: Any) -> Any:
     """Load the processor in a folder or hub repository. Raise InputError, with the reason, if there is none."""
     try:
-        access = {} if find_path(place) else hub_access()
-        found = transformers.AutoProcessor.from_pretrained(place, **access | of_hub)
+        usual = UNTRUSTED | ({} if find_path(place) else hub_access())
+        found = transformers.AutoProcessor.from_pretrained(place, **usual | of_hub)
     except Exception as error:  # a damaged file can fail anywhere in the libraries
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise InputError(f"{place} has no processor that can be loaded: {type(error).__name__}: {reason}") from error
+        raise InputError(f"{place} has no processor that can be loaded: {reason_of(error)}") from error
     return checked_processor(found, str(place))
 
 

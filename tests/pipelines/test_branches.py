@@ -631,6 +631,23 @@ def test_three_branches_are_an_error():
             run.rows[0].unet.mid_block.output
 
 
+@pytest.mark.parametrize("prompts", [["a red circle"], ["a red circle"] * 2])
+def test_a_perturbed_half_of_the_same_text_is_an_error(prompts):
+    """Without classifier-free guidance, the batch is the prompts and then the same prompts, perturbed."""
+    pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
+    inputs = {**CASES["stable_diffusion"].inputs(steps=1), "pag_scale": 2.0, "guidance_scale": 0.0, "prompt": prompts}
+    del inputs["num_images_per_prompt"], inputs["negative_prompt"]
+    with pytest.raises(InputError, match=r"cond\.unet\.mid_block\.output belongs to an unknown branch"):
+        with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
+            run.cond.unet.mid_block.output
+    with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
+        if len(prompts) == 1:
+            assert len(run.rows[0].unet.mid_block.output) == 2
+            return
+        with pytest.raises(InputError, match=r"shape is \(4, .*2 prompts make 2 images"):
+            run.rows[0].unet.mid_block.output
+
+
 def test_a_tensor_without_a_batch_cannot_be_cut():
     with pytest.raises(InputError, match=r"rows\[0\]\.transformer\.pos_embed\.output cannot be cut .*\(80, 16\)"):
         with generate(CASES["flux"]) as run:

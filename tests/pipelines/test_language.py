@@ -704,6 +704,10 @@ def test_a_model_from_a_folder_has_its_name(tmp_path):
         ({"factor": None}, "the factor of steer is a number, not None"),
         ({"positions": 1.5}, "the positions of steer are integers, not 1.5"),
         ({"positions": ["x"]}, "the positions of steer are integers"),
+        ({"positions": True}, r"the positions of steer are integers, not True: for a mask, mask.nonzero\(\)"),
+        ({"positions": [False, True, False]}, "the positions of steer are integers"),
+        ({"positions": torch.tensor([False, True, False])}, "the positions of steer are integers"),
+        ({"positions": torch.tensor([False, True, False]).numpy()}, "the positions of steer are integers"),
         ({"vector": [1.0]}, "steer takes a tensor, not list"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -417,6 +418,15 @@ def test_steering_several_layers_ahead(gpt2, nets):
         other.layers_output[0] += 1
         other.layers_output[1] += 1
     assert torch.equal(run.result.logits, other.result.logits)
+
+
+def test_steering_a_layer_or_position_that_is_listed_twice(gpt2):
+    found = []
+    for layers, positions in ((1, 0), ([1, -1, 1], 0), (1, [0, 0, -6]), (torch.tensor([1, 1]), np.array([0, 0]))):
+        with gpt2.trace(IDS) as run:
+            run.steer(layers, torch.ones(32), positions=positions)
+        found.append(run.logits)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_rows(model):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from diffsight import LanguageModel, logit_lens
 from diffsight.errors import InputError
@@ -80,7 +81,11 @@ def test_the_context_of_a_table_with_a_place_for_padding():
 BAD = [
     ({}, "the dictionary is empty"),
     (b"abc", "not bytes"),
-    ({"input_id": [5]}, r"takes none of the arguments in the dictionary: 'input_id' \(did you mean 'input_ids'"),
+    ({"input_id": [5]}, r"takes no 'input_id' in a dictionary of inputs \(did you mean 'input_ids'"),
+    ({"input_ids": [[5]], "attention_masks": [[1]]}, r"no 'attention_masks' in .* \(did you mean 'attention_mask'"),
+    (transformers.BatchEncoding({"input_ids": [[5]], "banana": [[1]]}), "GPT2LMHeadModel takes no 'banana'"),
+    ({"input_ids": [[5]], "max_new_tokens": 3}, "takes no 'max_new_tokens'"),
+    ({"input_ids": [[5]], 3: 3}, "takes no 3 in a dictionary"),
     ([[]], "the prompt has no tokens"),
     ([[5], []], "the prompt has no tokens"),
 ]
@@ -90,6 +95,18 @@ BAD = [
 def test_no_input(given, words):
     with pytest.raises(InputError, match=words):
         LanguageModel(architectures.build_causal("gpt2")).trace(given)
+
+
+def test_what_a_tokenizer_returns_for_its_user_is_left_out():
+    model, own = LanguageModel(architectures.build_causal("gpt2")), {"special_tokens_mask": [[0, 0]], "length": [2]}
+    own |= {"offset_mapping": [[(0, 1), (1, 2)]], "overflow_to_sample_mapping": [0]}
+    for mask in ({}, {"attention_mask": [[1, 1]]}):
+        given = {"input_ids": [[5, 6]], **mask}
+        assert torch.equal(model.trace({**given, **own}).result.logits, model.trace(given).result.logits)
+        options = {"max_new_tokens": 2, "do_sample": False}
+        assert torch.equal(model.generate({**given, **own}, **options).result, model.generate(given, **options).result)
+    with pytest.raises(InputError, match="takes no 'attention_masks'"):
+        model.generate({"input_ids": [[5]], "attention_masks": [[1]]}, max_new_tokens=1)
 
 
 def test_token_ids_of_numpy():
