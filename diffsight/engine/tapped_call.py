@@ -8,7 +8,7 @@ pass untouched. `hooks` routes the calls here.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -414,11 +414,15 @@ def _moved_last(module: nn.Module, number: int) -> bool:
     return False
 
 
-def _versions(args: tuple, kwargs: dict) -> list[int]:
-    """Return how often each of the tensors among the arguments of a call was changed in place."""
+def _versions(args: Sequence, kwargs: dict) -> list[int]:
+    """Return how often each of the tensors among the arguments of a call was changed in place, and how many items each
+    container among them has."""
     versions = []
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if type(value) is Tensor or type(value) is Parameter:
+        kind = type(value)
+        if kind is tuple or kind is list or kind is dict:
+            versions += [len(value), *(_versions((), value) if kind is dict else _versions(value, _NONE))]
+        elif kind is Tensor or kind is Parameter:
             try:
                 versions.append(value._version)
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes

@@ -379,6 +379,20 @@ def test_inputs_that_the_call_has_changed_in_place():
         assert torch.equal(run[1].output, 2 * (given + 1))
 
 
+@pytest.mark.parametrize("change", [lambda held: held["x"][0].add_(1), lambda held: held.update(y=1)])
+def test_inputs_in_containers_that_the_call_has_changed(change):
+    def forward(self, held):
+        first = held["x"][0].clone()
+        change(held)
+        return first
+
+    net = Calling(lambda self, x: self.inner({"x": [x]}), inner=Calling(forward))
+    with Model(net).trace(torch.zeros(1, 3)) as run:
+        run.inner.output
+        with pytest.raises(OutOfOrderError, match=r"inner.input was changed in place by the call whose output"):
+            run.inner.input
+
+
 def test_the_inputs_of_the_call_at_whose_output_the_model_stands(net, x):
     lora = linear(7)
     with torch.no_grad(), Model(net).trace(x) as run:
