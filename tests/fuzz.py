@@ -158,7 +158,8 @@ class Point(NamedTuple):
 
 
 class Op(NamedTuple):
-    """What one line of a program does: read, assign, edit (in place), skip, record, stop."""
+    """What one line of a program does: read, assign, edit (in place), skip, record, stop; wrap the forward of a module
+    in a function that only calls it, or put back the one that it had before."""
 
     kind: str
     point: Point | None = None
@@ -168,6 +169,10 @@ class Op(NamedTuple):
     def __str__(self) -> str:
         if self.kind == "stop":
             return "run.stop()"
+        if self.kind in ("wrap", "unwrap"):
+            module = str(self.point).partition(".calls")[0].rpartition(f".{self.point.part}")[0] or str(self.point)
+            value = f"Wrapper(kept := {module}.forward)" if self.kind == "wrap" else "kept"
+            return f"{module.replace('run', 'net', 1)}.forward = {value.replace('run', 'net', 1)}"
         where = str(self.point) if self.row is None else str(self.point).replace("run", f"run.rows[{self.row}]", 1)
         if self.kind == "assign":
             return f"{where} = another({self.seed})"
@@ -327,6 +332,8 @@ class Oracle:
         for op in ops:
             if op.kind == "stop":
                 raise Stopped
+            if op.kind in ("wrap", "unwrap"):
+                continue
             key = self.key(op.point, body)
             number, _, call = key
             if op.kind == "skip":
@@ -518,13 +525,40 @@ def gradients(net: nn.Module, result: torch.Tensor) -> list[Any]:
 # ---- the same lines in a run
 
 
+class Wrapper:
+    """The forward of a module, in another function; `kept` is what it replaces."""
+
+    def __init__(self, kept: Callable) -> None:
+        self.kept = kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kept(*args, **kwargs)
+
+
+def unwrap(net: nn.Module) -> None:
+    """Remove the forwards that a program has given to modules."""
+    for module in net.modules():
+        forward = vars(module).get("forward")
+        if type(forward) is Wrapper or getattr(forward, "__func__", None) is type(module).forward:
+            del module.forward
+
+
 def perform(run: Any, net: Block, ops: list[Op], values: list[Any]) -> None:
     """Perform a program's lines as a user writes them; `run` may be a row."""
     names = dict(net.named_modules(remove_duplicate=False))
+    wrappers: dict[str, Wrapper] = {}
     for op in ops:
         if op.kind == "stop":
             run.stop()
             return
+        if op.kind == "wrap":
+            module = names[op.point.path]
+            wrappers[op.point.path] = module.forward = Wrapper(module.forward)
+            continue
+        if op.kind == "unwrap":
+            if op.point.path in wrappers:
+                names[op.point.path].forward = wrappers.pop(op.point.path).kept
+            continue
         if op.kind == "record":
             values.append(run.record(f"{op.point.path}.{op.point.part}".lstrip(".")))
             continue
@@ -581,6 +615,8 @@ def in_a_run(net: Block, case: Case, x: torch.Tensor) -> Outcome:
         error, note = "refused", str(raised)
     except DiffsightError as raised:
         error, note = type(raised).__name__, str(raised)
+    finally:
+        unwrap(net)
     for kept in values:
         kept[:] = [recorded(value) if isinstance(value, Record) else value for value in kept]
     if error is None and result is not None and case.mode == "grad":
@@ -639,6 +675,11 @@ def random_case(seed: int) -> Case:
         ops = [random_op(rng, case.mode, points[place], number) for place in chosen]
         if rng.random() < 0.05 and case.mode not in ("each", "edits"):
             ops.append(Op("stop"))
+        if rng.random() < 0.15:
+            place = rng.randint(0, len(ops))
+            ops.insert(place, Op("wrap", rng.choice(points)))
+            if rng.random() < 0.5:
+                ops.insert(rng.randint(place + 1, len(ops)), ops[place]._replace(kind="unwrap"))
         case.programs.append(ops)
     return case
 

@@ -16,6 +16,7 @@ import copy
 import functools
 import inspect
 import operator
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -48,9 +49,9 @@ _FEW = 8  # modules; up to this many are hooked faster one by one than together
 # Id of a module to: the override of its calls, its name, the value it replaced, the number of runs, the module, and its
 # `__deepcopy__` during the runs if it has one.
 _hooked: dict[int, list] = {}
-# Id of a hooked module with a forward pass of its own to that forward pass, as its hook calls it. Hooks that others
-# have kept while it had another one (`old = module.forward`, to wrap it) then let calls pass uncounted.
-_own_forwards: dict[int, Callable] = {}
+# Ids of hooked modules that have a forward pass of their own, or had one during a run. It may call another hook of the
+# module, which somebody has kept (`old = module.forward`, to wrap it).
+_own_forwards: dict[int, None] = {}
 # Signals and garbage collection can interrupt only at function calls. All bookkeeping is therefore updated without
 # calling a function, so that an interrupt never finds a module half hooked.
 
@@ -118,6 +119,8 @@ class ModuleGroup:
         _run_all(map(_delete, self.held, repeat(FORWARD)))
         _run_all(map(dict.pop, self.held, repeat(_REDUCE), repeat(None)))
         _run_all(map(_hooked.pop, self.entries))
+        if _own_forwards:
+            _run_all(map(_own_forwards.pop, self.entries, repeat(None)))
         if calls_in_threads:
             _run_all(map(calls_in_threads.pop, self.entries, repeat(None)))
         return True
@@ -160,17 +163,17 @@ class HookedModules:
                     kind = type(module)
                     function = _hook_of(kind, getattr(kind, FORWARD, None))
                 if function is not None and FORWARD not in held and held.get(COMPILED) is None:
-                    put, name, own, original = MethodType(function, module), FORWARD, None, None
+                    put, name, own = MethodType(function, module), FORWARD, None
                 else:
                     _drop_copied_hook(held)
-                    put, name, own, original = _of_its_own(module)
+                    put, name, own = _of_its_own(module)
                 reduce = MethodType(_reduce_without_hook, module)
                 deepcopy = None
                 if _copies_itself(kind) and _DEEPCOPY not in held:
                     deepcopy = MethodType(_deepcopy_without_hook, module)
                 known = _hooked[number] = [put, name, own, 1, module, deepcopy]
-                if original is not None:
-                    _own_forwards[number] = original
+                if own is not None:
+                    _own_forwards[number] = None
                 held[name] = put
                 held[_REDUCE] = reduce
                 if deepcopy is not None:
@@ -192,13 +195,9 @@ class HookedModules:
             held = module.__dict__
             if held.get(name) is not put:
                 with _lock:
-                    put, name, own, original = _of_its_own(module)
-                    known[:3] = put, name, own
-                    held[name] = put
-                    if original is not None:
-                        _own_forwards[id(module)] = original
-                    else:
-                        _own_forwards.pop(id(module), None)
+                    _own_forwards[id(module)] = None
+                    known[:3] = _of_its_own(module)
+                    held[known[1]] = known[0]
         self._held = [known[4].__dict__ for known in entries]
         self._hooks = [known[0] for known in entries]
 
@@ -219,6 +218,8 @@ class HookedModules:
         while self._known:
             put, name, own, runs, module, deepcopy = known = self._known[-1]
             number, held = id(module), module.__dict__
+            if runs == 1 and number in _own_forwards:
+                _take_back(module)
             is_ours = held.get(name) is put  # otherwise someone has replaced it meanwhile
             known[3] = runs - 1
             del self._known[-1]
@@ -303,10 +304,9 @@ def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | No
     return hook
 
 
-def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any, Callable | None]:
-    """Return the replacement of a module's forward pass, the name to store it under, and the value there now. The last
-    value is the forward pass itself; None if it is that of the class. Compiled code is called through the taps and
-    otherwise left alone."""
+def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
+    """Return the replacement of a module's forward pass, the name to store it under, and the value there now. Compiled
+    code is called through the taps and otherwise left alone."""
     held = module.__dict__
     if FORWARD in held:
         _take_back(module)
@@ -314,16 +314,12 @@ def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any, Callable | None]
     own = held.get(name)
     function = _hook_of(type(module), getattr(type(module), FORWARD, None))
     if function is not None and own is None and name == FORWARD:
-        return MethodType(function, module), name, None, None
+        return MethodType(function, module), name, None
     target = module.forward if own is None else own  # a TorchScript module looks up its own on access
-
-    def original(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    function = _through(original)
+    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
     if own is None:
-        return MethodType(function, module), name, None, original
-    return functools.update_wrapper(functools.partial(function, module), own), name, own, original
+        return MethodType(function, module), name, None
+    return functools.update_wrapper(functools.partial(function, module), own), name, own
 
 
 def _take_back(module: nn.Module) -> None:
@@ -360,8 +356,9 @@ def _through(original: Callable, of_class: Callable | None = None) -> Callable:
                 note_call_in_thread(module, _CODE)
             return function(module, *args, **kwargs)
         taps, number = host.taps, id(module)
-        is_current = not _own_forwards or _own_forwards.get(number, original) is original
-        calls = taps.calls.get(number) if is_current else None
+        calls = taps.calls.get(number)
+        if _own_forwards and number in _own_forwards and _is_inside_another(module, original):
+            calls = None
         if calls is None:
             return function(module, *args, **kwargs)
         if type(calls) is not int:
@@ -387,6 +384,15 @@ def _as_looked_up(kind: type[nn.Module]) -> Callable:
 
 _CODE = _through(nn.Module.forward).__code__
 _MAIN_THREAD = main_thread().ident
+
+
+def _is_inside_another(module: nn.Module, original: Callable) -> bool:
+    """Whether the hook that asks, of the forward pass `original`, was called by another hook of the module, which has
+    counted the call."""
+    frame = sys._getframe(2)
+    while frame is not None and not _is_call(frame, module):
+        frame = frame.f_back
+    return frame is not None and frame.f_locals["original"] is not original
 
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:
