@@ -26,6 +26,7 @@ ENGINE = [
     "engine.coroutine",
     "engine.checkpointed_regions",
     "engine.hooks",
+    "engine.changes_in_place",
     "engine.users_hooks",
     "engine.unseen_modules",
     "engine.target",

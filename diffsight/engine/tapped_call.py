@@ -8,7 +8,7 @@ pass untouched. `hooks` routes the calls here.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn import Parameter
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.checkpointed_regions import end_checkpoints, is_computed_again
 from diffsight.engine.coroutine import Coroutine, current_owner
@@ -27,7 +28,7 @@ from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.threads import calls_in_threads
 from diffsight.engine.torch_state import TorchState, unseen
-from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
+from diffsight.engine.users_hooks import has_forward_hooks, is_unsure, output_hooks
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import DiffsightError, warn_user
 
@@ -186,6 +187,8 @@ class Tap:
                 output, _ = self._pass(key, output)
             finally:
                 self.given = None
+            if has_hooks and self._has_hooks() and (watch := self._watch_hooks(key, [])):
+                watch(output)
         if self.watched:
             self.host.end_call(self, output)
         return output
@@ -208,19 +211,47 @@ class Tap:
         before = output_hooks(owner) if self._has_hooks() else []
         if not before:
             return False
+        watch = self._watch_hooks((OUTPUT, index), before)
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
                 return None
             hook.remove()
             self.hooks = tuple(other for other in self.hooks if other is not hook)
-            return self.leave(output, given, has_hooks=False)
+            output = self.leave(output, given, has_hooks=False)
+            if watch is not None:
+                watch(output)
+            return output
 
         hook = owner.register_forward_hook(after)
         self.hooks = (*self.hooks, hook)
         for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
             owner._forward_hooks.move_to_end(number)
         return True
+
+    def _watch_hooks(self, key: PointKey, before: list[int]) -> Callable[[Any], None] | None:
+        """Refuse the point if a hook that runs after it changes the output in place. Return the function that has to be
+        called with the output when it has passed the point; None if no such hook calls anything."""
+        owner, watched = self.target.owner, []
+        if not is_unsure(owner, before):
+            return None
+
+        def last(module: nn.Module, args: tuple, output: Any) -> None:
+            if module is not owner or current_owner() is not self.host:
+                return
+            hook.remove()
+            self.hooks = tuple(other for other in self.hooks if other is not hook)
+            if watched and watched[0] is output and watched[1] != _versions_in(output):
+                self._refuse(
+                    key,
+                    None,
+                    "is changed in place by a hook on the module, after the run has read or assigned it. Let the hook "
+                    "return the output that it has changed",
+                )
+
+        hook = owner.register_forward_hook(last)
+        self.hooks = (*self.hooks, hook)
+        return lambda output: watched.extend((output, _versions_in(output)))
 
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """Let a value pass a point. Return the value that the model continues with, and whether it was replaced."""
@@ -414,7 +445,11 @@ def _moved_last(module: nn.Module, number: int) -> bool:
     return False
 
 
-def _versions(args: tuple, kwargs: dict) -> list[int]:
+def _versions_in(output: Any) -> list[int]:
+    return unseen(_versions, tree_leaves(output), {})
+
+
+def _versions(args: Sequence, kwargs: dict) -> list[int]:
     """Return how often each of the tensors among the arguments of a call was changed in place."""
     versions = []
     for value in (*args, *kwargs.values()) if kwargs else args:
