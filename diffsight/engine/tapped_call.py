@@ -18,6 +18,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn import Parameter
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.checkpointed_regions import end_checkpoints, is_computed_again
 from diffsight.engine.coroutine import Coroutine, current_owner
@@ -180,12 +181,14 @@ class Tap:
             return output
         index = self.active.pop()
         key = (OUTPUT, index)
-        if key in self.awaited or key in self.pending or self.keepers:
+        if self._is_asked_for(key):
             self.given = given
             try:
                 output, _ = self._pass(key, output)
             finally:
                 self.given = None
+            if has_hooks and self._has_hooks():
+                self._watch_hooks(key)(output)
         if self.watched:
             self.host.end_call(self, output)
         return output
@@ -212,15 +215,50 @@ class Tap:
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
                 return None
-            hook.remove()
-            self.hooks = tuple(other for other in self.hooks if other is not hook)
-            return self.leave(output, given, has_hooks=False)
+            self._remove_hook(hook)
+            is_asked_for = self._is_asked_for(key)
+            output = self.leave(output, given, has_hooks=False)
+            if watch and is_asked_for:
+                watch(output)
+            return output
 
+        key = (OUTPUT, index)
         hook = owner.register_forward_hook(after)
         self.hooks = (*self.hooks, hook)
-        for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
+        behind = [number for number in owner._forward_hooks if number not in (*before, hook.id)]
+        for number in behind:
             owner._forward_hooks.move_to_end(number)
+        watch = self._watch_hooks(key) if behind else None
         return True
+
+    def _watch_hooks(self, key: PointKey) -> Callable[[Any], None]:
+        """Refuse a point if one of the hooks that run after it, which return nothing, changes the output in place.
+
+        Return the function that must be called with the output where it passes the point."""
+        owner, passed = self.target.owner, []
+
+        def last(module: nn.Module, args: tuple, output: Any) -> None:
+            if module is not owner or current_owner() is not self.host:
+                return
+            self._remove_hook(hook)
+            if passed and passed[0] is output and passed[1] != _versions_in(output):
+                self._refuse(
+                    key,
+                    None,
+                    "is changed in place by a hook on the module, after the run has read or assigned it. Let the hook "
+                    "return what it has changed",
+                )
+
+        hook = owner.register_forward_hook(last)
+        self.hooks = (*self.hooks, hook)
+        return lambda output: passed.extend((output, _versions_in(output)))
+
+    def _remove_hook(self, hook: Any) -> None:
+        hook.remove()
+        self.hooks = tuple(other for other in self.hooks if other is not hook)
+
+    def _is_asked_for(self, key: PointKey) -> bool:
+        return key in self.awaited or key in self.pending or bool(self.keepers)
 
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """Let a value pass a point. Return the value that the model continues with, and whether it was replaced."""
@@ -412,6 +450,10 @@ def _moved_last(module: nn.Module, number: int) -> bool:
         return True
     hooks.move_to_end(number)
     return False
+
+
+def _versions_in(output: Any) -> list[int]:
+    return unseen(_versions, tree_leaves(output), _NONE)
 
 
 def _versions(args: Sequence, kwargs: dict) -> list[int]:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from diffsight import Model
+from diffsight.errors import DiffsightError
 from helpers import footprint
 
 SEEN: list = []
@@ -37,6 +38,22 @@ def keep_in(seen):
 
 def keep_named(name, module, args, output):
     SEEN.append((name, output))
+
+
+def assign_a_part(module, args, output):
+    output[:, 0] = 0
+
+
+def change_by_name(module, args, output):
+    output.mul_(2)
+
+
+def change_by_keyword(module, args, output):
+    torch.nn.functional.relu(output, inplace=True)
+
+
+def change_elsewhere(module, args, output):
+    assign_a_part(module, args, output)
 
 
 @pytest.fixture
@@ -89,6 +106,43 @@ def test_hooks_that_only_look_see_the_edit(net, x, layer, kind, changes_before):
     looked_at = [*seen, *keeper.seen, *(output for _, output in SEEN)]
     assert len(looked_at) == 1
     assert torch.equal(looked_at[0], value)
+
+
+IN_PLACE = [assign_a_part, change_by_name, change_by_keyword, change_elsewhere]
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("hook", IN_PLACE)
+def test_a_hook_that_changes_the_output_in_place_is_refused(net, x, layer, hook, before):
+    if before:
+        layer.register_forward_hook(lambda module, args, output: output + 1)
+    layer.register_forward_hook(hook)
+    clean = footprint(net)
+    with torch.no_grad():
+        want = net(x)
+        assert torch.equal(Model(net).trace(x).result, want)  # nothing is read
+        with pytest.raises(DiffsightError, match=r"layers\[0\].output is changed in place by a hook"):
+            with Model(net).trace(x) as run:
+                run.layers[0].output
+                run.layers[1].output
+        with pytest.raises(DiffsightError, match=r"layers\[0\].output is changed in place by a hook"):
+            with Model(net).trace(x) as run:
+                run.layers[0].output = torch.ones_like(x)
+    assert footprint(net) == clean
+
+
+def test_a_hook_for_all_modules_that_changes_an_output_in_place_is_refused(net, x, layer):
+    def hook(module, args, output):
+        if module is layer:
+            output.zero_()
+
+    handle = register_module_forward_hook(hook)
+    try:
+        with pytest.raises(DiffsightError, match="changed in place by a hook"), torch.no_grad():
+            with Model(net).trace(x) as run:
+                run.record("layers[0].output")
+    finally:
+        handle.remove()
 
 
 def test_hooks_run_in_their_own_order(net, x, layer):

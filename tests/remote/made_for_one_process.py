@@ -94,6 +94,7 @@ TESTS = {
     "test_generation_steps.py::test_an_assistant_with_another_tokenizer": FUNCTIONS,
     "test_generation_steps.py::test_assisted_decoding_of_an_encoder_with_a_decoder": FUNCTIONS,
     "test_gradient_checkpointing.py::test_a_saved_value_*": GRADIENTS,
+    "test_gradient_checkpointing.py::test_checkpointing_functions_of_users_are_refused": GRADIENTS,
     "test_gradient_checkpointing.py::test_checkpointing_of_diffusers": GRADIENTS,
     "test_gradient_checkpointing.py::test_checkpointing_of_transformers": GRADIENTS,
     "test_gradient_checkpointing.py::test_edits_that_stay_on_the_model": GRADIENTS,
