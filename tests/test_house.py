@@ -96,6 +96,7 @@ THIRD_PARTY = {
         "_global_forward_hooks",
         "_forward_pre_hooks",
         "_call_impl",
+        "_wrapped_call_impl",
     ),
     *("_compiled_call_impl", "_apply", "_version", "_base", "_cdata", "_schema"),
     # diffusers

@@ -29,7 +29,7 @@ from greenlet import getcurrent
 from torch import nn
 
 from diffsight.engine.coroutine import current_owner
-from diffsight.engine.threads import calls_in_threads, note_call_in_thread
+from diffsight.engine.threads import calls_in_threads, note_call_in_thread, runs_beside_main
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: the function that its calls go to
@@ -352,7 +352,7 @@ def _through(original: Callable, of_class: Callable | None = None) -> Callable:
             function = _as_looked_up(type(module))
         host = getattr(getcurrent(), "owner", None)
         if host is None:
-            if get_ident() != _MAIN_THREAD:
+            if runs_beside_main or get_ident() != _MAIN_THREAD:
                 note_call_in_thread(module, _CODE)
             return function(module, *args, **kwargs)
         taps, number = host.taps, id(module)

@@ -11,10 +11,12 @@ are often used again.
 """
 
 from collections import deque
+from dataclasses import fields
 from typing import Any
 from weakref import ref
 
 from torch import Tensor, strided
+from torch._C import DisableTorchFunctionSubclass
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
@@ -69,6 +71,12 @@ class LateEdits:
                 self.watched.append([ref(leaf), leaf._version, point])
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                 return
+        else:
+            for tensor in _other_tensors(leaf):
+                try:
+                    self.watched.append([_AsPlain(tensor), tensor._version, point])
+                except RuntimeError:  # as above
+                    return
 
     def forget(self, point: Point) -> None:
         """Stop watching the values of a point."""
@@ -87,6 +95,33 @@ class LateEdits:
         return found
 
 
+class _AsPlain:
+    """A weak reference to a tensor of a subclass. It returns a plain tensor with the same memory and version, so that
+    looking at it runs no code of the subclass."""
+
+    __slots__ = ("_weak",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._weak = ref(tensor)
+
+    def __call__(self) -> Tensor | None:
+        tensor = self._weak()
+        if tensor is None:
+            return None
+        with DisableTorchFunctionSubclass():
+            return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def _other_tensors(leaf: Any) -> list[Tensor]:
+    """Return the tensors in a leaf that is not a plain tensor: itself, if it is a tensor of a subclass that has memory
+    of its own, or those that a dataclass holds."""
+    if hasattr(type(leaf), "__dataclass_fields__"):
+        parts = tree_leaves([getattr(leaf, field.name, None) for field in fields(leaf)])
+        return [tensor for part in parts for tensor in ([part] if type(part) is Tensor else _other_tensors(part))]
+    has_memory = isinstance(leaf, Tensor) and type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return [leaf] if has_memory and not isinstance(leaf, Parameter) else []
+
+
 def is_trained(tensor: Tensor, is_assigned: bool) -> bool:
     """Whether a tensor is one that the user trains, and so changes at any time: a parameter, a view of one, or, if a
     body has assigned it, any other leaf of the graph."""
@@ -96,7 +131,12 @@ def is_trained(tensor: Tensor, is_assigned: bool) -> bool:
 
 def shares_memory(tensor: Tensor, values: list[Any]) -> bool:
     """Whether a tensor has the memory of one of the tensors in `values`."""
-    dense = [leaf for leaf in tree_leaves(values) if type(leaf) in (Tensor, Parameter) and leaf.layout is strided]
+    found = [
+        leaf
+        for value in tree_leaves(values)
+        for leaf in ([value] if type(value) in (Tensor, Parameter) else _other_tensors(value))
+    ]
+    dense = [leaf for leaf in found if leaf.layout is strided]
     return tensor.layout is strided and _place(tensor) in map(_place, dense)
 
 

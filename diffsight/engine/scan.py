@@ -12,7 +12,7 @@ Weights stay where they are, loaded or not: `ScanMode` lets functions see fake t
 the model makes to its own attributes meanwhile are undone at the end.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from functools import partial
 from threading import Lock
@@ -20,11 +20,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from diffsight.engine.run_to_point import Flow
+from diffsight.engine.scan_errors import modules_with_paths
 from diffsight.engine.scan_mode import ScanMode
 from diffsight.engine.scan_state import ModuleState
+from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
+from diffsight.errors import ScanError
 
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 
@@ -60,6 +64,7 @@ class ScanFlow(Flow):
         super().__init__(*args)
         self._stand_ins = stand_ins
         components = [target for target in self.taps.components if isinstance(target.owner, nn.Module)]
+        _check_no_lazy_modules(components)
         self._modules = list(dict.fromkeys(module for part in components for module in part.owner.modules()))
         self.body_mode = self._mode = ScanMode(components, self._modules)
         is_pipeline = not isinstance(self.tree.root.owner, nn.Module)
@@ -104,6 +109,16 @@ class ScanFlow(Flow):
         if self._eager is not None:
             eager, self._eager = self._eager, None
             eager.leave()
+
+
+def _check_no_lazy_modules(components: Sequence[Target]) -> None:
+    """Raise ScanError if there is a module whose weights have no shape yet, such as an `nn.LazyLinear`."""
+    for path, module in modules_with_paths(components):
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise ScanError(
+                f"{path or 'the model'} is a {type(module).__name__}, whose weights have no shape before its first "
+                "call: call the model once, then scan it"
+            )
 
 
 def _call_in_mode(mode: ScanMode, function: Callable[[], Any], is_pipeline: bool) -> Any:

@@ -3,7 +3,7 @@
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from types import FrameType
@@ -49,12 +49,18 @@ def _innermost_module(frame: FrameType | None, components: Sequence[Target]) -> 
     """Return the path of the module in whose call a frame stands."""
     while frame is not None and frame.f_code is not _MODULE_CALL:
         frame = frame.f_back
-    for component in components if frame is not None else ():
+    if frame is None:
+        return None
+    called = frame.f_locals.get("self")
+    return next((path for path, module in modules_with_paths(components) if module is called), None)
+
+
+def modules_with_paths(components: Sequence[Target]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in some components, each with its path as the user writes it."""
+    for component in components:
         outer = component.path if component.name == FORWARD else component.path.rpartition(".")[0]
         for path, module in component.owner.named_modules():
-            if module is frame.f_locals.get("self"):
-                return reduce(join, path.split(".") if path else (), outer)
-    return None
+            yield reduce(join, path.split(".") if path else (), outer), module
 
 
 class Unreported(logging.Filter):

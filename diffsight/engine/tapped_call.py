@@ -290,8 +290,9 @@ class Tap:
             self._refuse(
                 key,
                 skip,
-                "cannot be distinguished from other calls: the model also calls the module in a thread of its own, "
-                "where a run does not see it. Ask for a value of a module that is called in the run's thread alone",
+                "cannot be distinguished from other calls: another thread calls the module too, and a run does not see "
+                "what the model calls in a thread of its own. Ask for a value of a module that is called in the run's "
+                "thread alone",
             )
         if get_dynamic_layer_stack_depth() > len(self.host.state.levels):
             self._refuse(

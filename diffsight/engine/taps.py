@@ -21,7 +21,7 @@ from diffsight.engine.module_places import Key, ModulePlaces, inside
 from diffsight.engine.points import INPUTS, Assignment
 from diffsight.engine.tapped_call import Host, LearningTap, Origin, Tap
 from diffsight.engine.target import Target, changes
-from diffsight.engine.threads import is_called_in_thread, note_run_of_thread
+from diffsight.engine.threads import RunOfThread, outermost_in_threads
 from diffsight.errors import PointNotFoundError
 
 
@@ -45,6 +45,8 @@ class Taps(dict[Key, Tap]):
         "_opened",
         "_origins",
         "_places",
+        "_run_of_thread",
+        "_strangers",
         "calls",
         "components",
         "hooked",
@@ -61,7 +63,6 @@ class Taps(dict[Key, Tap]):
 
     def start(self) -> None:
         """Tap the components, before anything moves."""
-        note_run_of_thread()
         places = self._find_places(self.components)
         self._changes = changes.count
         self._learns = not places.is_known  # whether it taps everything, to learn which modules are strays
@@ -72,7 +73,10 @@ class Taps(dict[Key, Tap]):
         self.hooked = HookedModules()
         self._opened: dict[Target, Tap] = {}  # the targets that were asked for
         self._around: dict[Target, Tap | None] = {}  # a target around them, to its tap or else to the tap around it
+        self._run_of_thread = RunOfThread()
+        self._strangers: set[int] = set()  # modules, by id, that are not in the model
         self._places = places  # from here on there is something to remove
+        self._run_of_thread.begin()
         for component in self.components if self._learns else ():
             self._tap_everything(component)
         for component in self.components:
@@ -140,10 +144,22 @@ class Taps(dict[Key, Tap]):
         return {key: tap.entered for key, tap in self.items()} | counted
 
     def is_called_in_thread(self, target: Target) -> bool:
-        """Whether the model has called a module, or one around it, in a thread of its own."""
-        own, components = self._host.thread, {component.key[0] for component in self.components}
+        """Whether the model may have called a module, or one around it, in a thread of its own."""
+        components, since = {component.key[0] for component in self.components}, self._run_of_thread.since
         inside = (module.owner for module in (target, *target.around()) if module.key[0] not in components)
-        return any(is_called_in_thread(module, own, components) for module in inside if isinstance(module, nn.Module))
+        modules = [module for module in inside if isinstance(module, nn.Module)]
+        outermost = {number for module in modules for number in outermost_in_threads(module, since)} - components
+        return bool(outermost) and (not outermost.isdisjoint(map(id, modules)) or any(map(self._is_below, outermost)))
+
+    def _is_below(self, number: int) -> bool:
+        """Whether a module, by id, is below one of the components."""
+        if number in self._strangers:
+            return False
+        owners = [component.owner for component in self.components if isinstance(component.owner, nn.Module)]
+        if any(id(module) == number for owner in owners for module in owner.modules()):
+            return True
+        self._strangers.add(number)
+        return False
 
     def is_in_method(self, around: Tap) -> bool:
         """Whether a tapped method of a module is running."""
@@ -155,6 +171,7 @@ class Taps(dict[Key, Tap]):
             self._host = None
             return
         self.hooked.unhook()
+        self._run_of_thread.end()
         for tap in self.values():
             if tap.hooks:
                 tap.remove()

@@ -5,9 +5,8 @@ were such calls. Asking for a value that may have passed in one of them raises a
 """
 
 import sys
-from collections.abc import Collection
 from itertools import count
-from threading import local
+from threading import get_ident, local, main_thread
 from types import CodeType
 
 from torch import nn
@@ -22,15 +21,39 @@ class _Thread(local):
 
     def __init__(self) -> None:
         self.number = next(self._numbers)
-        self.has_runs = False  # whether a run is open in it: calls in it belong to a run's body
+        self.runs: set[RunOfThread] = set()  # while there are any, calls in the thread belong to their bodies
+        self.is_main = get_ident() == main_thread().ident
+
+
+class RunOfThread:
+    """A run that begins in this thread."""
+
+    __slots__ = ("_among", "since")
+
+    def __init__(self) -> None:
+        self.since = next(_calls)  # earlier calls in other threads do not matter
+        self._among = (THIS_THREAD.runs,) if THIS_THREAD.is_main else (THIS_THREAD.runs, runs_beside_main)
+
+    def begin(self) -> None:
+        """Note that the run has begun."""
+        for runs in self._among:
+            runs.add(self)
+
+    def end(self) -> None:
+        """Note that the run has ended. May be called in any thread, and again."""
+        for runs in self._among:
+            runs.discard(self)
 
 
 THIS_THREAD = _Thread()
+runs_beside_main: set[RunOfThread] = set()  # the runs in other threads than the main one
+_calls = count()
+_CALL_CODES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 
-# Calls of hooked modules that belong to no run, in other threads than the main one: the id of a module to the thread
-# and, by its id, the outermost hooked module that the thread has called. If that is a whole
-# component, the calls are somebody else's.
-calls_in_threads: dict[int, set[tuple[int, int]]] = {}
+# Calls of hooked modules that belong to no run, in threads without runs: the id of a module to, by its id, the
+# outermost module that the thread has called, and the number of the last such call. If that is a whole component, or is
+# not in the model, the calls are somebody else's.
+calls_in_threads: dict[int, dict[int, int]] = {}
 
 
 def check_runs_thread(number: int, path: object) -> None:
@@ -41,26 +64,21 @@ def check_runs_thread(number: int, path: object) -> None:
         )
 
 
-def note_run_of_thread() -> None:
-    """Note that a run is open in this thread, so that calls here are known to belong to its body."""
-    THIS_THREAD.has_runs = True
-
-
 def note_call_in_thread(module: nn.Module, code: CodeType) -> None:
-    """Note a call of a hooked module outside the main thread. `code` is the code that calls of hooked modules run."""
-    if THIS_THREAD.has_runs:
+    """Note a call of a hooked module outside of runs. `code` is the code that calls of hooked modules run."""
+    if THIS_THREAD.runs:
         return
     frame, outermost = sys._getframe(1), module
     while frame is not None:
         if frame.f_code is code:
             outermost = frame.f_locals["module"]
+        elif frame.f_code in _CALL_CODES:
+            outermost = frame.f_locals["self"]
         frame = frame.f_back
-    calls_in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
+    calls_in_threads.setdefault(id(module), {})[id(outermost)] = next(_calls)
 
 
-def is_called_in_thread(module: nn.Module, own: int, components: Collection[int]) -> bool:
-    """Whether a hooked module was called by a thread that one of the `components`, by id, has started.
-
-    `own` is the thread of the run."""
-    calls = calls_in_threads.get(id(module), ())
-    return any(thread != own and outermost not in components for thread, outermost in calls)
+def outermost_in_threads(module: nn.Module, since: int) -> list[int]:
+    """Return the ids of the outermost modules in whose calls other threads have called a hooked module."""
+    calls = calls_in_threads.get(id(module))
+    return [] if calls is None else [outermost for outermost, number in calls.copy().items() if number > since]

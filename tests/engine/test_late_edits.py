@@ -1,6 +1,7 @@
 """A value that is changed in place after the model has passed it is an error, as `=` is there."""
 
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -374,3 +375,66 @@ def test_a_value_of_the_models_that_is_made_a_leaf():
         run[2].output.sum().backward()
         with torch.no_grad():
             hidden -= hidden.grad
+
+
+class Kind(torch.Tensor):
+    """A subclass that sees what is looked up on it."""
+
+    seen: list = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@dataclass
+class Held:
+    hidden: torch.Tensor
+    more: object = None
+
+
+class Gives(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+KINDS = {
+    "a subclass": (lambda x: x.as_subclass(Kind) * 1, lambda value: value),
+    "a dataclass": (lambda x: Held(x * 1), lambda value: value.hidden),
+    "within others": (lambda x: {"held": Held(x * 1, [Held(x * 2)])}, lambda value: value["held"].more[0].hidden),
+    "a subclass in a dataclass": (lambda x: Held(x.as_subclass(Kind) * 1), lambda value: value.hidden),
+}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("make, of", KINDS.values(), ids=KINDS)
+def test_other_kinds_of_values(make, of, again):
+    net, x = nn.Sequential(Gives(make), Gives(lambda value: of(value) * 1), nn.Tanh()), torch.ones(2, 4)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        of(run[0].output).mul_(3)
+    assert torch.equal(run.result, net[2](3 * net[:2](x)))
+    with pytest.raises(OutOfOrderError, match=LATE), torch.no_grad(), Model(net).trace(x) as run:
+        value = run[0].output
+        run[1].output
+        value = run[0].output if again else value
+        of(value).zero_()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        value = run[0].output
+        Kind.seen.clear()
+        run[1].input
+        run[2].output
+    assert not [function for function in Kind.seen if "_version" in str(function)] and value is not None
+
+
+def test_a_dataclass_that_holds_the_value_where_the_model_stands():
+    net, x = nn.Sequential(nn.Linear(4, 4), Gives(Held), Gives(lambda held: held.hidden * 2)), torch.ones(2, 4)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[1].output
+        hidden.zero_()
+    assert torch.equal(run.result, torch.zeros(2, 4))

@@ -143,6 +143,17 @@ def test_nothing_large_is_created(x):
     assert Model(Calling(forward)).scan(x).result.shape == (1, 1_000_000)
 
 
+def test_weights_without_a_shape(x):
+    net = nn.Sequential(nn.Tanh(), nn.Sequential(nn.LazyLinear(3)))
+    model = Model(net)
+    with pytest.raises(ScanError, match=r"\[1\]\[0\] is a LazyLinear.*: call the model once"):
+        model.scan(x)
+    assert isinstance(net[1][0], nn.LazyLinear)
+    with torch.no_grad():
+        model(x)
+    assert model.scan(x).result.shape == net(x).shape == (2, 3)
+
+
 def test_autocast(some, x):
     with torch.autocast("cpu", torch.bfloat16):
         plain = Net()(x)
