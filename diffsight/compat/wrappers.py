@@ -213,7 +213,8 @@ class DiffusionNames(CompatModel):
                 raise InputError("automodel= chooses the class to load, but a live pipeline is already loaded: omit it")
             kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
             loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
-            check = import_module("diffsight.pipelines.loading_arguments").check_pipeline_arguments
+            arguments = import_module("diffsight.pipelines.loading_arguments")
+            check, loading = arguments.check_pipeline_arguments, arguments.with_dtypes(loading, of_pipeline=True)
             if not kind.__name__.startswith(("AutoPipeline", "DiffusionPipeline")):  # these find it while loading
                 check(kind, loading)
             source = kind.from_pretrained(source, **loading)
