@@ -257,8 +257,10 @@ def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], t
 
 
 def _known_here(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments without those that have no effect here. Raise InputError for `remote=True` if the model is
-    not on a server, and for `blocking=False` if it is."""
+    """Return the arguments without those that have no effect here. Raise InputError for a backend, for `remote=True` if
+    the model is not on a server, and for `blocking=False` if it is."""
+    if kwargs.get("backend") is not None:
+        raise InputError("backend= is not supported: a block always runs where it stands. Leave the argument out")
     if is_on_server(model):
         if kwargs.get("blocking") is False:
             raise InputError(_NO_JOBS)
