@@ -44,7 +44,7 @@ from diffsight.extending import (
 )
 from diffsight.pipelines.hub_access import cache_only_if_offline
 from diffsight.pipelines.language.generation import Choice, GeneratedTokens, GenerationRun, set_generated
-from diffsight.pipelines.loading_arguments import UNTRUSTED
+from diffsight.pipelines.loading_arguments import UNTRUSTED, with_dtypes
 from diffsight.pipelines.loading_errors import reason_of
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.pipeline_options import (
@@ -241,6 +241,7 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
             f"HFPipeline takes transformers.pipeline(...), a task or a name, not {type(source).__name__}: "
             "HFPipeline(transformers.pipeline(task, model=model, tokenizer=tokenizer))"
         )
+    arguments = with_dtypes(arguments)
     tasks = PIPELINE_REGISTRY.get_supported_tasks()
     is_task = str(source) in tasks or "model" in arguments
     try:
@@ -255,6 +256,9 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
         hint = "" if str(source) in tasks else suggest(str(source), tasks)
         raise InputError(f"the pipeline {str(source)!r} cannot be loaded{hint}: {reason_of(error)}") from error
     check_options_of_opened(pipeline, arguments)
+    dtype = arguments.get("dtype", arguments.get("torch_dtype"))
+    if isinstance(dtype, torch.dtype) and all(weight.dtype != dtype for weight in pipeline.model.parameters()):
+        raise InputError(f"dtype: the pipeline's model is in {pipeline.model.dtype} and cannot be opened in {dtype}")
     return pipeline
 
 

@@ -25,6 +25,7 @@ ENGINE = [
     "engine.users_line",
     "engine.coroutine",
     "engine.checkpointed_regions",
+    "engine.tapped_pickles",
     "engine.hooks",
     "engine.users_hooks",
     "engine.unseen_modules",

@@ -4,16 +4,19 @@ with model.trace(prompt) as tracer:
     cache = tracer.cache()
 cache["model.transformer.h.0"].output       # by path
 cache.transformer.h[0].output               # or by attribute, as on the model
+for path, part in cache.items():            # or all of them, as in a dictionary
+    part.output
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from diffsight.compat.layer_tuples import LayerOutput, gives_tuple
 from diffsight.errors import PointNotFoundError
-from diffsight.extending import INPUTS, OUTPUT, Asked, Envoy, Run, flow_of, target_of
+from diffsight.extending import INPUTS, OUTPUT, Asked, Envoy, Run, flow_of, owner_of, target_of, tree_of
 
 Conversion = tuple[torch.device | str | None, torch.dtype | None, bool]
 Visit = dict[str, Any]  # "output" and "inputs" of one call
@@ -21,6 +24,8 @@ Visit = dict[str, Any]  # "output" and "inputs" of one call
 
 class ActivationCache:
     """Values by module path: a single value, or a list with one value per call.
+
+    The whole cache is also a dictionary of paths and parts of the cache, as in older releases of nnsight.
 
     Args:
         model: The model.
@@ -56,6 +61,27 @@ class ActivationCache:
         inside = (None,) if self._path is None else (self._path, f"{self._path}.")
         return [path for path in self._visits if self._path is None or path == inside[0] or path.startswith(inside[1])]
 
+    def values(self) -> list["ActivationCache"]:
+        """Return the part of the cache for each of `keys()`."""
+        return [self[path] for path in self.keys()]
+
+    def items(self) -> list[tuple[str, "ActivationCache"]]:
+        """Return `keys()` with the part of the cache for each."""
+        return [(path, self[path]) for path in self.keys()]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the part of the cache at a path, or `default` if nothing was kept there."""
+        is_kept = key in self
+        return self[key] if is_kept else default
+
+    def __iter__(self) -> Iterator[str]:
+        if self._path is not None:
+            raise TypeError(
+                f"the cache of {self._path} cannot be looped over: write .keys() for the paths in it, or .output, "
+                "which is a list if the module was called several times"
+            )
+        return iter(self.keys())
+
     def __getitem__(self, key: str | int) -> "ActivationCache":
         if key in self._visits:
             return ActivationCache(self._model, self._visits, key)
@@ -82,11 +108,12 @@ class ActivationCache:
     def __contains__(self, key: str) -> bool:
         try:
             return self[key]._path in self._visits
-        except (KeyError, PointNotFoundError):
+        except (KeyError, IndexError, PointNotFoundError):
             return False
 
     def __len__(self) -> int:
-        return len(self._of_module())
+        """Return the number of calls of the module; for the whole cache, of modules."""
+        return len(self._visits if self._path is None else self._of_module())
 
     def __bool__(self) -> bool:
         return True
@@ -99,8 +126,10 @@ class ActivationCache:
         return self._model.get(path) if path else self._model
 
     def _of_module(self) -> list[Visit]:
+        if self._path is None:
+            raise KeyError("the cache as a whole has no value: choose a module, as in cache['model.layers.0'].output")
         if self._path not in self._visits:
-            raise KeyError(f"{self._path or 'the cache as a whole'} has no value: it was not kept, or never called")
+            raise KeyError(f"{self._path} has no value: it was not kept, or never called")
         return self._visits[self._path]
 
     def _values(self, part: str) -> Any:
@@ -129,11 +158,13 @@ def cache_of(
 
 def _keep(run: Run, envoy: Any, kind: str, visits: dict[str, list[Visit]], to: Conversion) -> None:
     part, path = ("inputs" if kind == INPUTS else "output"), envoy.path
+    is_tuple = kind == OUTPUT and gives_tuple(tree_of(envoy), owner_of(envoy))
 
     def keep(tap: Any, call: int, value: Any) -> None:
         kept = visits.setdefault(path, [])
         kept += [{} for _ in range(call + 1 - len(kept))]
-        kept[call][part] = tree_map_only(torch.Tensor, lambda tensor: _converted(tensor, *to), value)
+        value = tree_map_only(torch.Tensor, lambda tensor: _converted(tensor, *to), value)
+        kept[call][part] = LayerOutput((value,)) if is_tuple and isinstance(value, torch.Tensor) else value
 
     flow_of(run).keep(Asked(target_of(envoy), part), keep)
 

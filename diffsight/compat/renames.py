@@ -8,9 +8,10 @@ any one child. A dotted name, as in `{"attn.c_proj": "attn.o_proj"}`, renames a 
 part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, warn_user
 from diffsight.extending import Target, Tree
 
 Rename = Mapping[str | type, str | Sequence[str]]
@@ -31,9 +32,12 @@ class Renames:
     def __init__(self, tree: Tree, rename: Rename, taken: Sequence[str]) -> None:
         self._tree, self._taken = tree, taken
         self._paths: dict[str, dict[str, str]] = {}  # path of a module: {name: path from that module}
+        unmatched = dict(rename)
         for outer in list(_walk(tree)):
             for key, names in rename.items():
-                self._bind(outer, key, [names] if isinstance(names, str) else names)
+                if self._bind(outer, key, [names] if isinstance(names, str) else names):
+                    unmatched.pop(key, None)
+        self._warn_of_misspelled(key for key in unmatched if isinstance(key, str))
 
     def names_in(self, outer: Target) -> Mapping[str, str]:
         """Return the user's names for modules inside a module, as a mapping of name to path from that module."""
@@ -51,7 +55,19 @@ class Renames:
                 return None
         return outer
 
-    def _bind(self, outer: Target, key: str | type, names: Sequence[str]) -> None:
+    def _warn_of_misspelled(self, keys: Iterable[str]) -> None:
+        """Warn about keys that match no module but nearly do. Others may be for another model, as in nnsight."""
+        known = {step for outer in _walk(self._tree) for step, _ in self._inside(outer)}
+        for key in keys:
+            unknown = next((step for step in key.lstrip(".").split(".") if step not in ("*", *known)), "")
+            near = get_close_matches(unknown, known, n=1, cutoff=0.85)
+            if near:
+                warn_user(
+                    f"rename: no module is called {unknown!r}, so {key!r} names nothing (did you mean {near[0]!r}?)"
+                )
+
+    def _bind(self, outer: Target, key: str | type, names: Sequence[str]) -> bool:
+        """Give the modules that a key matches inside a module their new names, and return whether there are any."""
         found = self._meant(outer, key)
         if len(found) > 1:
             what = key.__name__ if isinstance(key, type) else repr(key)
@@ -62,6 +78,7 @@ class Renames:
         for path, target in found.items():
             for name in names:
                 self._add(outer, path, target, name)
+        return bool(found)
 
     def _add(self, outer: Target, path: str, target: Target, name: str) -> None:
         prefix, _, name = name.rpartition(".")

@@ -213,7 +213,8 @@ class DiffusionNames(CompatModel):
                 raise InputError("automodel= chooses the class to load, but a live pipeline is already loaded: omit it")
             kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
             loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
-            check = import_module("diffsight.pipelines.loading_arguments").check_pipeline_arguments
+            arguments = import_module("diffsight.pipelines.loading_arguments")
+            check, loading = arguments.check_pipeline_arguments, arguments.with_dtypes(loading, of_pipeline=True)
             if not kind.__name__.startswith(("AutoPipeline", "DiffusionPipeline")):  # these find it while loading
                 check(kind, loading)
             source = kind.from_pretrained(source, **loading)
@@ -256,8 +257,10 @@ def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], t
 
 
 def _known_here(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments without those that have no effect here. Raise InputError for `remote=True` if the model is
-    not on a server, and for `blocking=False` if it is."""
+    """Return the arguments without those that have no effect here. Raise InputError for a backend, for `remote=True` if
+    the model is not on a server, and for `blocking=False` if it is."""
+    if kwargs.get("backend") is not None:
+        raise InputError("backend= is not supported: a block always runs where it stands. Leave the argument out")
     if is_on_server(model):
         if kwargs.get("blocking") is False:
             raise InputError(_NO_JOBS)

@@ -7,6 +7,7 @@ The files in order; each imports only from those above it:
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
     checkpointed_regions    parts of the model that `backward()` computes again
+    tapped_pickles  pickles of objects whose methods are tapped
     hooks           the hooks that a run puts on the model and removes again
     users_hooks     forward hooks of others, and which of them may change an output
     unseen_modules  classes of modules whose outputs cannot be seen

@@ -29,6 +29,7 @@ from greenlet import getcurrent
 from torch import nn
 
 from diffsight.engine.coroutine import current_owner
+from diffsight.engine.tapped_pickles import reduce_tapped
 from diffsight.engine.threads import calls_in_threads, note_call_in_thread, runs_beside_main
 
 FORWARD = "forward"
@@ -582,6 +583,7 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
 
     body = {name: wrap(name) for name in names}
     body["__setstate__"] = __setstate__
+    body["__reduce_ex__"] = lambda self, protocol: reduce_tapped(self, protocol, cls, _OWNER)
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     body |= {"_diffsight_class": cls, "_diffsight_names": names}
     if not hasattr(cls, "__dict__") or "__slots__" in cls.__dict__:

@@ -25,7 +25,12 @@ from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.hub_access import hub_access, hub_file
-from diffsight.pipelines.loading_arguments import check_modular_arguments, check_pipeline_arguments
+from diffsight.pipelines.loading_arguments import (
+    check_modular_arguments,
+    check_parts_of_dtypes,
+    check_pipeline_arguments,
+    with_dtypes,
+)
 from diffsight.pipelines.loading_errors import explained
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
@@ -76,6 +81,7 @@ def open_pipeline(
         return source, None
     if not isinstance(source, (str, Path)):
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
+    arguments = with_dtypes(arguments, of_pipeline=True)
     name = str(source)
     is_local = name.startswith("diffsight/") or find_path(name) is not None or not _HUB_ID.fullmatch(name)
     place = str(_folder(name)) if is_local else name
@@ -97,6 +103,7 @@ def open_pipeline(
         known_class = _pipeline_class(index, arguments)
         if known_class is not None:
             check_pipeline_arguments(known_class, arguments)
+        check_parts_of_dtypes(arguments, index)
         classes = _module_classes(index, place, arguments, weights)
         empty = {} if dispatch else _build_empty(classes, place, arguments)
         now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
@@ -152,7 +159,9 @@ def _is_modular(place: str, is_local: bool, arguments: dict[str, Any]) -> bool:
 def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:
     """Load a modular pipeline from a folder or hub repository, with its weights."""
     trusts_code = bool(arguments.get("trust_remote_code"))
-    for name, entry in ModularPipeline.load_config(place, **_for_hub(arguments)).items():
+    index = ModularPipeline.load_config(place, **_for_hub(arguments))
+    check_parts_of_dtypes(arguments, index)
+    for name, entry in index.items():
         if isinstance(entry, (list, tuple)) and len(entry) == 3:
             library, kind = entry[2].get("type_hint") or entry[:2]
             if library is not None:

@@ -19,7 +19,7 @@ from diffsight.pipelines.folder_checks import check_configurations, check_vocabu
 from diffsight.pipelines.hub_access import hub_access
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
-from diffsight.pipelines.loading_arguments import UNTRUSTED, check_model_arguments
+from diffsight.pipelines.loading_arguments import UNTRUSTED, check_model_arguments, with_dtypes
 from diffsight.pipelines.loading_errors import explained, first_line, reason_of
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
@@ -72,7 +72,7 @@ def open_language_model(
         )
     name = str(source)
     place, gguf = _place(name)
-    arguments = gguf | _usual(place) | arguments
+    arguments = with_dtypes(gguf | _usual(place) | arguments)
     with _explained(name, place):
         check_configurations(Path(place))
         config, kind = _checked(place, arguments)
@@ -116,7 +116,7 @@ def check_loading(source: Source, arguments: Mapping[str, Any]) -> None:
         place, gguf = _place(str(source))
         with _explained(str(source), place):
             check_configurations(Path(place))
-            _checked(place, gguf | _usual(place) | arguments)
+            _checked(place, with_dtypes(gguf | _usual(place) | arguments))
 
 
 def _checked(place: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -139,7 +139,7 @@ def _configuration(place: str, arguments: dict[str, Any]) -> tuple[Any, list[str
     others = {name: value for name, value in arguments.items() if name not in types}
     config, unused = transformers.AutoConfig.from_pretrained(place, return_unused_kwargs=True, **others)
     for dtype in types.values():
-        if isinstance(dtype, torch.dtype) or (isinstance(dtype, str) and dtype != "auto"):
+        if isinstance(dtype, torch.dtype):
             config.dtype = dtype
     return config, [name for name in others if name in unused]
 

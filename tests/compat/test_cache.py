@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffsight.compat import NNsight
+from diffsight.compat import LanguageModel, NNsight
 from diffsight.errors import InputError
 from helpers import outputs
 
@@ -31,6 +31,33 @@ def test_cache_of_some_modules(llm, ids):
     with pytest.raises(InputError, match="before reading or modifying"), llm.trace(ids) as tracer:
         llm.lm_head.output
         tracer.cache()
+
+
+def test_cache_as_a_dictionary(tiny_model, net, input):
+    with tiny_model.trace(input) as tracer:
+        cache = tracer.cache()
+    assert list(cache) == cache.keys() == ["model.layer1", "model.layer2", "model"] and len(cache) == 3
+    values = {path: part.output for path, part in cache.items()}
+    assert torch.equal(values["model.layer2"], net(input)) and torch.equal(cache.values()[0].output, net[0](input))
+    assert torch.equal(cache.get("model.layer1").output, values["model.layer1"]) and cache.get("model.x", 5) == 5
+    assert "model.layer1" in cache and 7 not in cache and len(cache["model.layer1"]) == 1
+    with pytest.raises(KeyError, match="the cache as a whole has no value: choose a module"):
+        cache.output
+    with pytest.raises(TypeError, match=r"the cache of model.layer1 cannot be looped over: write \.keys"):
+        list(cache["model.layer1"])
+
+
+def test_cache_of_layers_whose_outputs_are_tuples(gpt2, ids):
+    model = LanguageModel(gpt2)
+    with torch.no_grad(), model.trace(ids) as tracer:
+        cache = tracer.cache()
+        live = model.transformer.h[1].output[0].save()
+    kept = cache["model.transformer.h.1"].output
+    assert isinstance(kept, tuple) and torch.equal(kept[0], live)
+    assert torch.equal(cache.transformer.h[1].output[0], live)
+    assert isinstance(cache["model.transformer.h.1.mlp"].output, torch.Tensor)
+    with pytest.raises(InputError, match="the output of a layer is a tuple here"):
+        kept[:, -1]
 
 
 def test_cache_of_several_calls():

@@ -92,6 +92,14 @@ def test_renamed_modules(gpt2, ids):
     assert by_class.transformer.h[0].attention is by_class.transformer.h[0].attn
 
 
+def test_a_misspelled_name_of_a_module(gpt2):
+    with pytest.warns(
+        UserWarning, match=r"no module is called 'transfomer', .* \(did you mean 'transformer'\?\)"
+    ) as told:
+        NNsight(gpt2, rename={"transfomer.h": "layers", "encoder.layers": "layers"})
+    assert len(told) == 1 and told[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     "rename, words",
     [

@@ -38,6 +38,13 @@ def test_remote(tiny_model, input):
             opened()
 
 
+@pytest.mark.parametrize("method", ["trace", "scan", "edit", "session"])
+def test_backends(tiny_model, input, method):
+    given = (input,) if method in ("trace", "scan") else ()
+    with pytest.raises(InputError, match="backend= is not supported"):
+        getattr(tiny_model, method)(*given, backend="x")
+
+
 @pytest.mark.parametrize("name", ["NNsight", "LanguageModel", "TransformersModel", "DiffusionModel"])
 def test_classes_of_envoys(name):
     with pytest.raises(InputError, match="envoys= is not supported"):

@@ -265,6 +265,45 @@ def test_a_copy_that_stays_is_an_ordinary_object(x):
     assert pickle.loads(pickle.dumps(net.kept)).count == 1
 
 
+class Made(Counter):
+    """A counter that is made with arguments, and pickled with them."""
+
+    def __new__(cls, *, title):
+        made = super().__new__(cls)
+        object.__setattr__(made, "title", title)
+        return made
+
+    def __init__(self, *, title):
+        super().__init__()
+
+    def __getnewargs_ex__(self):
+        return (), {"title": self.title}
+
+
+class Remade(Counter):
+    """A counter that is pickled in its own way."""
+
+    def __reduce__(self):
+        return type(self), (), {"count": self.count}
+
+    def __setstate__(self, state):
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize("make", [Counter, lambda: Made(title="a"), Remade], ids=["usual", "arguments", "own"])
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_pickles_are_of_the_original_class(x, make, protocol):
+    net = Calling(lambda self, x: self.counter.step(x), counter=make())
+    kind, plain = type(net.counter), pickle.loads(pickle.dumps(net.counter, protocol))
+    with Model(net, methods=["counter.step"]).trace(x) as run:
+        run.counter.step.input
+        assert type(net.counter) is not kind
+        again = pickle.loads(pickle.dumps({"counter": net.counter}, protocol))["counter"]
+        assert type(copy.deepcopy(net.counter)) is type(net.counter)  # the model may step it instead
+    assert type(again) is type(net.counter) is kind and vars(again).keys() == vars(plain).keys()
+    assert torch.equal(again.step(x), run.result)
+
+
 # ---- how they are shown and named
 
 

@@ -122,6 +122,37 @@ class Shaded(DiffusionPipeline):
     )
 
 
+def loaded_dtype(wrapper, place, **given):
+    if wrapper is HFPipeline:
+        return wrapper("text-generation", model=str(place), **given).pipeline.model.dtype
+    return wrapper(place, **given)["unet" if wrapper is DiffusionModel else "transformer"].dtype
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("wrapper", [DiffusionModel, LanguageModel, HFPipeline, VisionLanguageModel])
+def test_dtypes(saved_gpt2, wrapper, name):
+    place = CLIP if wrapper is DiffusionModel else saved_gpt2
+    assert loaded_dtype(wrapper, place, **{name: "float64"}) == torch.float64
+    for wrong in ("banana", "Tensor", 3, "int8", torch.int8, [torch.float16]):
+        message = refusal(loaded_dtype, wrapper, place, **{name: wrong})
+        assert message.startswith(f"{name} must be a floating-point dtype, such as") and repr(wrong) in message
+
+
+def test_a_dtype_for_each_part():
+    parts = DiffusionModel(CLIP, dtype={"default": "float64", "vae": torch.float16})
+    assert (parts.unet.dtype, parts.vae.dtype) == (torch.float64, torch.float16)
+    assert "the pipeline has no part 'unett' (did you mean 'unet'" in refusal(
+        DiffusionModel, CLIP, dtype={"unett": torch.float16}
+    )
+    assert "dtype['unet'] must be" in refusal(DiffusionModel, CLIP, dtype={"unet": "banana"})
+
+
+def test_a_dtype_that_a_pipeline_of_transformers_ignores(saved_gpt2):
+    live = {"model": transformers.AutoModelForCausalLM.from_pretrained(saved_gpt2), "tokenizer": str(saved_gpt2)}
+    message = refusal(HFPipeline, "text-generation", **live, dtype=torch.float16)
+    assert message == "dtype: the pipeline's model is in torch.float32 and cannot be opened in torch.float16"
+
+
 @pytest.mark.parametrize("automodel", ["StableDiffusionImg2ImgPipeline", "AutoPipelineForImage2Image"])
 def test_compat_with_another_class(saved_pipeline, automodel):
     assert "has no argument 'bananas'" in refusal(
