@@ -12,7 +12,7 @@ from diffsight.engine.innermost_run import OpenRuns
 from diffsight.engine.late_weights import LateWeights, needs_weights
 from diffsight.engine.module_places import ModulePlaces
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.target import WRAPPED, Target, changes, join
+from diffsight.engine.target import WRAPPED, Target, join, structure_changes
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 
 Key = tuple[int, str]
@@ -171,7 +171,7 @@ class Tree:
 
     def module_places(self, components: list[Target]) -> ModulePlaces:
         """Return where the modules below the components stand."""
-        known_for = ([target.owner for target in components], self.weights.are_loaded, changes.count)
+        known_for = ([target.owner for target in components], self.weights.are_loaded, structure_changes.count)
         if self._known_places is None or self._known_places[0] != known_for:
             self._known_places = (known_for, ModulePlaces(components))
         return self._known_places[1]

@@ -20,7 +20,7 @@ from diffsight.engine.hooks import (
 from diffsight.engine.module_places import Key, ModulePlaces, inside
 from diffsight.engine.points import INPUTS, Assignment
 from diffsight.engine.tapped_call import Host, LearningTap, Origin, Tap
-from diffsight.engine.target import Target, changes
+from diffsight.engine.target import Target, structure_changes
 from diffsight.engine.threads import RunOfThread, outermost_in_threads
 from diffsight.errors import PointNotFoundError
 
@@ -64,7 +64,7 @@ class Taps(dict[Key, Tap]):
     def start(self) -> None:
         """Tap the components, before anything moves."""
         places = self._find_places(self.components)
-        self._changes = changes.count
+        self._changes = structure_changes.count
         self._learns = not places.is_known  # whether it taps everything, to learn which modules are strays
         self.calls: dict[int, int | Tap] = {}  # id of a hooked module: its calls so far, or its tap
         self._methods = [target for target in self.components if target.name != FORWARD]
@@ -103,7 +103,7 @@ class Taps(dict[Key, Tap]):
         if not target.is_seen:
             path = target.path or type(target.owner).__name__
             raise PointNotFoundError(f"{path} has no values: {target.why_unseen}. Ask for a module inside or around it")
-        if changes.count != self._changes:
+        if structure_changes.count != self._changes:
             self._look_again_at_places()
         if self._places.places:
             for place in self._places.places.get(target.key, ()):
@@ -114,7 +114,10 @@ class Taps(dict[Key, Tap]):
 
     def _look_again_at_places(self) -> None:
         """Count modules that have been put into the model since the run began, where that is necessary."""
-        self._changes, self._learns = changes.count, False  # the new modules have not been tapped from the start
+        self._changes, self._learns = (
+            structure_changes.count,
+            False,
+        )  # the new modules have not been tapped from the start
         self._places = self._find_places(self.components)
         new = {number: module for number, module in self._places.counted.items() if number not in self.calls}
         has_begun = self._host.coroutine is not None

@@ -12,13 +12,13 @@ WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the m
 _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
 
 
-class Changes:
+class StructureChanges:
     """How often the modules directly in some module have been found to be others than before."""
 
     count = 0
 
 
-changes = Changes()
+structure_changes = StructureChanges()
 
 
 class Target:
@@ -87,7 +87,7 @@ class Target:
             return {}
         modules = self.owner._modules
         if self._children is None or self._children[0] != modules:
-            changes.count += self._children is not None
+            structure_changes.count += self._children is not None
             around = {id(target.owner): target for target in (*self.around(), self)}
             self._children = (
                 dict(modules),
