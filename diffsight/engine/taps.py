@@ -114,10 +114,8 @@ class Taps(dict[Key, Tap]):
 
     def _look_again_at_places(self) -> None:
         """Count modules that have been put into the model since the run began, where that is necessary."""
-        self._changes, self._learns = (
-            structure_changes.count,
-            False,
-        )  # the new modules have not been tapped from the start
+        self._changes = structure_changes.count
+        self._learns = False  # the new modules have not been tapped from the start
         self._places = self._find_places(self.components)
         new = {number: module for number, module in self._places.counted.items() if number not in self.calls}
         has_begun = self._host.coroutine is not None
