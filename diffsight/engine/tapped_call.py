@@ -181,7 +181,7 @@ class Tap:
             return output
         index = self.active.pop()
         key = (OUTPUT, index)
-        if self._is_asked_for(key):
+        if key in self.awaited or key in self.pending or self.keepers:
             self.given = given
             try:
                 output, _ = self._pass(key, output)
@@ -216,7 +216,7 @@ class Tap:
             if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
                 return None
             self._remove_hook(hook)
-            is_asked_for = self._is_asked_for(key)
+            is_asked_for = key in self.awaited or key in self.pending or self.keepers
             output = self.leave(output, given, has_hooks=False)
             if watch and is_asked_for:
                 watch(output)
@@ -256,9 +256,6 @@ class Tap:
     def _remove_hook(self, hook: Any) -> None:
         hook.remove()
         self.hooks = tuple(other for other in self.hooks if other is not hook)
-
-    def _is_asked_for(self, key: PointKey) -> bool:
-        return key in self.awaited or key in self.pending or bool(self.keepers)
 
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """Let a value pass a point. Return the value that the model continues with, and whether it was replaced."""
@@ -463,11 +460,11 @@ def _versions(args: Sequence, kwargs: dict) -> list[int]:
     versions = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
-        if kind is tuple or kind is list or kind is dict:
-            versions += [len(value), *(_versions((), value) if kind is dict else _versions(value, _NONE))]
-        elif kind is Tensor or kind is Parameter:
+        if kind is Tensor or kind is Parameter:
             try:
                 versions.append(value._version)
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                 continue
+        elif kind is tuple or kind is list or kind is dict:
+            versions += [len(value), *(_versions((), value) if kind is dict else _versions(value, _NONE))]
     return versions
