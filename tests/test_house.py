@@ -32,6 +32,8 @@ ENGINE = [
     "engine.target",
     "engine.wrapped_modules",
     "engine.structural_copy",
+    "engine.larger_batches",
+    "engine.call_settings",
     "engine.batch_dimensions",
     "engine.batch_slicing",
     "engine.weak_values",

@@ -1,170 +1,146 @@
 """Which values have the batch as their first dimension, in a model that runs with a batch of several inputs.
 
 A first dimension of the same size may be something else, such as tokens, experts or frames. So the first time that a
-row is asked for, the running component is called twice more, with batches that are larger by one and by two. The
-dimensions that grow with them are the batch. These calls run on a copy of the component's structure, with tensors on
-the meta device, or with the real weights if the model is small or needs values. The result is kept with the
-modules.
+row is asked for, the running component is called with larger batches, see `larger_batches`. What is found is kept with
+the component, for calls that are like this one: of the same settings, with arguments of the same kinds.
 """
 
-import copy
 import sys
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from diffsight.engine.call_settings import ModuleSettings, kinds_of
 from diffsight.engine.coroutine import Coroutine
-from diffsight.engine.hooks import FORWARD, has_forward_of_its_own, running_call
-from diffsight.engine.structural_copy import structural_copy, without_global_hooks
+from diffsight.engine.hooks import running_call
+from diffsight.engine.larger_batches import Growth, Sizes, has_cache, try_larger_batches
 from diffsight.engine.target import Target
-from diffsight.engine.torch_state import TorchState, call_in, kept_random_state
 
-Shapes = list[tuple[int, ...] | None]  # of everything in a value; None for anything but a tensor
-Sizes = list[bool | None]  # for everything in a value: whether its first dimension is the batch; None if another is
-_SMALL = 10**7  # parameters: such a model runs faster with its weights than on the meta device
+_MOST = 16  # settings of a component that are kept, kinds of arguments for each, and calls in a run
+_NOTHING = Growth("it was asked for when the call that it belongs to had returned")
+
+
+class Calls(Protocol):
+    """The calls of a module; see `diffsight.engine.tapped_call.Tap`."""
+
+    target: Target
+    host: "Running"
+    active: list[int]  # numbers of the calls in progress, outermost first; the last one leaves as it reaches its output
+    entered: int  # number of calls begun so far
+    step_base: int  # calls begun before the current step
 
 
 class Running(Protocol):
     """The run; see `diffsight.engine.run_to_point.Flow`."""
 
     coroutine: Coroutine | None
+    parked: Any  # where the model stands, see `diffsight.engine.points.Point`; None on its way
+    taps: dict[tuple[int, str], Calls]
 
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Sizes]] = WeakKeyDictionary()
-_varying: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # values with more parts for a larger batch
-_tried: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # component to batch sizes tried in vain
+class Found(NamedTuple):
+    """Which of the things in a value have the batch as their first dimension, see `Growth.of`. If that is unknown,
+    `sizes` is None, and `why_unknown` says why."""
+
+    sizes: Sizes | None
+    why_unknown: str = ""
 
 
-def batch_dimensions(host: Running, target: Target, part: str, value: Any, total: int) -> Sizes | None:
+_UNKNOWN = Found(None, _NOTHING.why_unknown)
+
+
+class _OfRun:
+    """What has been found in one run. It does not keep the run alive."""
+
+    def __init__(self) -> None:
+        self.growth: dict[tuple[int, str], dict[int, Growth]] = {}  # by component and number of its call
+        # By value: its component, the numbers of the calls of it that the value may be of, and what was found.
+        self.last: dict[tuple, tuple[tuple[int, str], range, Found]] = {}
+
+
+_of_runs: WeakKeyDictionary[Running, _OfRun] = WeakKeyDictionary()
+# By component: the settings that it was called with, and what was found, by the kinds of arguments.
+_kept: WeakKeyDictionary[nn.Module, list[tuple[ModuleSettings, dict[tuple, Growth]]]] = WeakKeyDictionary()
+
+
+def batch_dimensions(tap: Calls, index: int, part: str, value: Any, total: int) -> Found:
     """Return which of the tensors in a value have the batch as their first dimension.
 
     Args:
-        host: The run.
-        target: The module or method that is called.
+        tap: The calls of the module that the value belongs to.
+        index: The number of the call.
         part: "inputs", "input" or "output".
         value: The value.
         total: The size of the batch.
-
-    Returns:
-        For everything in the value, in order: True if its first dimension is the batch, None if another one is, False
-        if none is. None instead of the list if this cannot be determined. If the number of things in the value depends
-        on the batch, as in a list with a tensor per input, None stands for each of them."""
-    if target.name != FORWARD:
-        return None
+    """
+    target, host = tap.target, tap.host
     leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
     if target.outer is None and part != "output":  # the inputs of a component define the batch
-        return [_length(leaf) == total for leaf in leaves]
-    key = part, len(leaves)
-    found = _known.get(target.owner, {}).get(key)
-    if found is not None:
-        return found
+        return Found([_length(leaf) == total for leaf in leaves])
+    of_run = _of_runs.get(host)
+    if of_run is None:
+        of_run = _of_runs[host] = _OfRun()
+    key = (target.key, part, len(leaves), total)
+    known = of_run.last.get(key)
+    if known is not None and known[1] == _calls_around(tap, index, host.taps[known[0]]):
+        return known[2]
     component = target.around()[0] if target.outer else target
-    if total not in _tried.setdefault(component.owner, set()) and _find(host, component.owner, total):
-        _tried[component.owner].add(total)
-    varies = part in _varying.get(target.owner, ())
-    return _known.get(target.owner, {}).get(key, [None] * len(leaves) if varies else None)
+    calls, growths = host.taps[component.key], of_run.growth.setdefault(component.key, {})
+    numbers, latest = _calls_around(tap, index, calls), calls.entered - 1
+    if latest in numbers and latest not in growths:
+        growths[latest] = _growth(host, component.owner, total)
+        for number in [*growths][:-_MOST]:
+            del growths[number]
+    founds = [_found(growths.get(number, _NOTHING), target, part, leaves) for number in numbers] or [_UNKNOWN]
+    found = founds[0] if founds.count(founds[0]) == len(founds) else _UNKNOWN
+    of_run.last[key] = component.key, numbers, found
+    return found
+
+
+def _calls_around(tap: Calls, index: int, calls: Calls) -> range:
+    """Return the numbers of the calls of a component in which call `index` of a module may have been made."""
+    parked = tap.host.parked
+    if calls is tap:
+        return range(index, index + 1)
+    if calls.active and (parked is None or (parked.tap is tap and parked.index == index)):  # being made now
+        return range(calls.active[-1], calls.active[-1] + 1)
+    return range(calls.step_base) if index < tap.step_base else range(calls.step_base, calls.entered)
+
+
+def _found(growth: Growth, target: Target, part: str, leaves: list[Any]) -> Found:
+    sizes = growth.of(target.owner, part, len(leaves))
+    unlike = "with a larger batch, the model does not call it, or with other values"
+    return Found(sizes, "" if sizes else growth.why_unknown or unlike)
 
 
 def _length(leaf: Any) -> int | None:
     return leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.ndim else None
 
 
-def _find(host: Running, component: nn.Module, total: int) -> bool:
-    """Call a copy of a component; note which dimensions grow with the batch. Return False if it is not running."""
+def _growth(host: Running, component: nn.Module, total: int) -> Growth:
+    """Return what grows with the batch in the running call of a component."""
     frame = sys._getframe() if host.coroutine.is_running else host.coroutine.frame
     call = running_call(frame, component)
     if call is None:
-        return False
-    if any(map(has_forward_of_its_own, component.modules())):
-        return True
-    state = TorchState.capture().bare()
-    is_small = sum(parameter.numel() for parameter in component.parameters()) < _SMALL
-    for with_weights in (True, False) if is_small else (False, True):
-        try:
-            with kept_random_state():
-                larger = [
-                    call_in(state, None, partial(_call, component, call, total, total + more, with_weights))
-                    for more in (1, 2)
-                ]
-        except Exception:  # of any kind: then the dimensions cannot be determined
-            continue
-        for module, calls in larger[0].items():
-            _note(module, calls, larger[1].get(module, {}), total)
-        if any(map(_has_time_first, larger[0])):
-            for module in larger[0]:
-                _known[module] = {key: [None] * len(sizes) for key, sizes in _known.get(module, {}).items()}
-        return True
-    return True
-
-
-def _has_time_first(module: nn.Module) -> bool:
-    """Whether the supposed batch dimension is the time dimension of a recurrent layer or of attention."""
-    if getattr(module, "batch_first", True):
-        return False
-    return any(sizes[:1] == [True] for (part, _), sizes in _known.get(module, {}).items() if part == "input")
-
-
-def _note(module: nn.Module, calls: dict[str, list[Shapes]], larger: dict[str, list[Shapes]], total: int) -> None:
-    for part, shapes in calls.items():
-        others = larger.get(part, [])
-        if {len(shape) for shape in shapes} != {len(shape) for shape in others}:
-            _varying.setdefault(module, set()).add(part)
-        found = [_compare(a, b, total) for a, b in zip(shapes, others) if len(a) == len(b)]
-        alike = len(found) == len(shapes) == len(others) and all(sizes == found[0] for sizes in found)
-        for count in {len(shape) for shape in shapes}:  # if not alike, it may be called for parts of the batch
-            _known.setdefault(module, {})[part, count] = found[0] if alike else [None] * count
-
-
-def _compare(one_more: Shapes, two_more: Shapes, total: int) -> Sizes:
-    return [None if a is None or b is None else _is_batch(a, b, total) for a, b in zip(one_more, two_more)]
-
-
-def _is_batch(one_more: Sequence[int], two_more: Sequence[int], total: int) -> bool | None:
-    if one_more == two_more:
-        return False
-    firsts = one_more[:1], two_more[:1]
-    return True if firsts == ((total + 1,), (total + 2,)) else None
-
-
-def _call(
-    component: nn.Module, call: tuple[tuple, dict], total: int, size: int, with_weights: bool
-) -> dict[nn.Module, dict[str, list[Shapes]]]:
-    """Call a copy of a component with a batch of `size`; return the shapes of the values that passed its modules."""
-    copied = structural_copy(component, with_weights)
-    seen: dict[nn.Module, dict[str, list[Shapes]]] = {}
-    for module, original in zip(copied.modules(), component.modules(), strict=True):
-        module.register_forward_hook(partial(_see, seen.setdefault(original, {})), with_kwargs=True)
-    with _Larger(total, size, with_weights):
-        args, kwargs = copy.deepcopy(call)
-    with without_global_hooks():
-        copied(*args, **kwargs)
-    return seen
-
-
-def _see(calls: dict[str, list[Shapes]], _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    values = {"inputs": (args, kwargs), "input": next(iter((*args, *kwargs.values())), None), "output": output}
-    for part, value in values.items():
-        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in tree_leaves(value)]
-        calls.setdefault(part, []).append(shapes)
-
-
-class _Larger(TorchFunctionMode):
-    """Copies tensors with a batch of `size` in place of `total`, on the meta device unless `with_values`."""
-
-    def __init__(self, total: int, size: int, with_values: bool) -> None:
-        super().__init__()
-        self._total, self._size, self._has_values = total, size, with_values
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is not torch.Tensor.__deepcopy__:
-            return function(*args, **(kwargs or {}))
-        tensor = args[0].detach()
-        if tensor.shape[:1] == (self._total,):
-            tensor = torch.cat([tensor, tensor[-1:].expand(self._size - self._total, *tensor.shape[1:])])
-        return tensor.clone() if self._has_values else torch.empty_like(tensor, device="meta")
+        return _NOTHING
+    kept, kinds = _kept.setdefault(component, []), kinds_of(call, total)
+    known = next((known for known in kept if known[0].are_current()), None)
+    if known is None:
+        known = ModuleSettings(component), {}
+        kept.insert(0, known)
+        del kept[_MOST:]
+    growths = known[1]
+    if kinds not in growths:
+        growth = try_larger_batches(component, call, total)
+        if growth.is_of_values:
+            return growth
+        if growth.why_unknown and has_cache(call):  # then it is as in an earlier step
+            earlier = (other for kind, other in growths.items() if kind[0] == total and not other.why_unknown)
+            growth = next(earlier, growth)
+        growths[kinds] = growth
+        for other in [*growths][:-_MOST]:
+            del growths[other]
+    return growths[kinds]

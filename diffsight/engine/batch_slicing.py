@@ -79,7 +79,7 @@ class Part(Selection):
         self.start, self.stop, self.total, self.stride, self.name = start, stop, total, stride, name
 
     def at(self, tap: Tapped, index: int, path: object) -> Selection:
-        return self if self.total == 1 or tap.target.name != FORWARD else TracedPart(self, tap, path)
+        return self if self.total == 1 or tap.target.name != FORWARD else TracedPart(self, tap, index, path)
 
     def take(self, value: Any, path: object) -> Any:
         """Return this part of `value`: a view of a tensor; containers element by element."""
@@ -166,11 +166,12 @@ class Part(Selection):
 class TracedPart(Part):
     """A part of a batch at one point. Calls with larger batches have shown which dimension is the batch."""
 
-    def __init__(self, part: Part, tap: Tapped, path: Any) -> None:
+    def __init__(self, part: Part, tap: Tapped, index: int, path: Any) -> None:
         super().__init__(part.start, part.stop, part.total, part.stride, part.name)
-        self._tap = tap
+        self._tap, self._index = tap, index
         self._part = path.part  # path is a point or an assignment to one
         self._found: dict[int, bool | None] | None = None  # by tensor id: whether its first dimension is the batch
+        self._why_unknown = ""
 
     def take(self, value: Any, path: object) -> Any:
         self._look_at(value)
@@ -181,7 +182,7 @@ class TracedPart(Part):
         return super().put(whole, value, path, copies)
 
     def _look_at(self, value: Any) -> None:
-        found = batch_dimensions(self._tap.host, self._tap.target, self._part, value, self.total)
+        found, self._why_unknown = batch_dimensions(self._tap, self._index, self._part, value, self.total)
         if found is None:
             self._found = None
         elif type(value) is torch.Tensor:
@@ -193,12 +194,13 @@ class TracedPart(Part):
         return super()._is_batch(tensor) if self._found is None else self._found[id(tensor)] is not False
 
     def _slice(self, tensor: torch.Tensor, path: object) -> slice:
-        if self._found is None and tensor.shape.count(self.total) > 1:
+        if self._found is None:
             raise InputError(
-                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and it is impossible to tell "
-                f"which dimension is the batch of {self.total}. Read or assign it on the run itself"
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and which dimension is the batch "
+                f"of {self.total} could not be determined, since {self._why_unknown}. Read or assign it on the run "
+                "itself"
             )
-        if self._found is not None and not self._found[id(tensor)]:
+        if not self._found[id(tensor)]:
             raise InputError(
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and its first dimension is not "
                 f"the batch of {self.total}. Read or assign it on the run itself"

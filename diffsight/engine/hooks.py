@@ -422,9 +422,15 @@ def _is_call(frame: FrameType, module: nn.Module) -> bool:
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:
-    """Whether a module has a forward pass other than the one of its class."""
+    """Whether a module has a forward pass other than the one of its class, bound to it in whatever way."""
     known = _hooked.get(id(module))
-    return module.__dict__.get(FORWARD) is not None if known is None else known[2] is not None and known[1] == FORWARD
+    own = module.__dict__.get(FORWARD) if known is None else known[2] if known[1] == FORWARD else None
+    if own is not None and type(getattr(module, "_hf_hook", None)).__module__.startswith("accelerate."):
+        own = module.__dict__.get("_old_forward")  # accelerate only moves tensors between devices
+    function, bound = (own.func, own.args) if isinstance(own, functools.partial) else (own, ())
+    if isinstance(own, MethodType):
+        function, bound = own.__func__, (own.__self__,)
+    return own is not None and not (function is getattr(type(module), FORWARD, None) and bound == (module,))
 
 
 # ---- methods

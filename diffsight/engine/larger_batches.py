@@ -1,0 +1,223 @@
+"""Calls of a component with larger batches, which show the dimensions of its values that grow with the batch.
+
+    growth = try_larger_batches(unet, (args, kwargs), total=3)
+    growth.of(unet.mid_block, "output", 1)          # [True]: the first dimension of its only tensor is the batch
+
+The component is called twice more, with batches that are larger by one and by two. These calls run on a copy of its
+structure, with tensors on the meta device, or with the real weights if the model is small or needs values.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from diffsight.engine.hooks import has_forward_of_its_own
+from diffsight.engine.structural_copy import structural_copy, without_global_hooks
+from diffsight.engine.torch_state import TorchState, call_in, kept_random_state
+from diffsight.engine.wrapped_modules import wrapped_path
+
+Shapes = list[tuple[int, ...] | None]  # of everything in a value; None for anything but a tensor
+Sizes = list[bool | None]  # for everything in a value: whether its first dimension is the batch; None if another is
+Call = tuple[tuple, dict]  # the arguments of a call
+
+_SMALL = 10**7  # parameters: such a model runs faster with its weights than on the meta device
+_READING = {"item", "tolist", "numpy", "__int__", "__index__"}  # functions that return numbers of a tensor
+_CHOOSING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
+
+
+class Growth:
+    """Which dimensions of the values in a component grow with its batch.
+
+    `why_unknown` says why this could not be determined; it is empty if it was. `is_of_values` is True if shapes may
+    depend on the values of tensors, as the number of tokens of an expert does. What was found then holds for this one
+    call only."""
+
+    def __init__(self, why_unknown: str = "") -> None:
+        self.why_unknown = why_unknown
+        self.is_of_values = False
+        self._sizes: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Sizes]] = WeakKeyDictionary()
+        self._firsts: WeakKeyDictionary[nn.Module, dict[str, set[bool | None]]] = WeakKeyDictionary()
+        self._varying: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # with more parts in a larger batch
+
+    def of(self, module: nn.Module, part: str, count: int) -> Sizes | None:
+        """Return which of the `count` things in a value have the batch as their first dimension.
+
+        The list has True if the first dimension is the batch, None if another one is, False if none is. If the number
+        of things depends on the batch, as in a list with a tensor per input, None stands for each of them. The result
+        is None instead of a list if nothing is known of such a value.
+
+        A single tensor may also be a part of the value, such as the logits of an output, or computed from it. Then it
+        has the batch if all tensors in the value have it that could: those that begin with a dimension of its size."""
+        found = self._sizes.get(module, {}).get((part, count))
+        if found is None and part in self._varying.get(module, ()):
+            return [None] * count
+        if found is None and count == 1:
+            return [True] if self._firsts.get(module, {}).get(part) == {True} else None
+        return found
+
+    def note(self, module: nn.Module, calls: dict[str, list[Shapes]], larger: dict[str, list[Shapes]], total: int):
+        """Take note of the shapes of a module's values in the calls with one more entry and with two more."""
+        known = self._sizes.setdefault(module, {})
+        for part, shapes in calls.items():
+            others = larger.get(part, [])
+            if {len(shape) for shape in shapes} != {len(shape) for shape in others}:
+                self._varying.setdefault(module, set()).add(part)
+            found = [_compare(a, b, total) for a, b in zip(shapes, others) if len(a) == len(b)]
+            alike = len(found) == len(shapes) == len(others) and all(sizes == found[0] for sizes in found)
+            for count in {len(shape) for shape in shapes}:  # if not alike, it may be called for parts of the batch
+                known[part, count] = found[0] if alike else [None] * count
+            pairs = [pair for a, b in zip(shapes, others) for pair in zip(a, b)]
+            firsts = {_is_batch(a, b, total) for a, b in pairs if a and b and 2 * a[0] - b[0] == total}
+            self._firsts.setdefault(module, {})[part] = firsts if alike else {None}
+
+    def doubt_time(self) -> None:
+        """Take back everything if the supposed batch is the time dimension of a recurrent layer or of attention."""
+        if any(map(self._has_time_first, self._sizes)):
+            for known in self._sizes.values():
+                known.update({key: [None] * len(sizes) for key, sizes in known.items()})
+            self._firsts.clear()
+
+    def _has_time_first(self, module: nn.Module) -> bool:
+        if getattr(module, "batch_first", True):
+            return False
+        return any(sizes[:1] == [True] for (part, _), sizes in self._sizes[module].items() if part == "input")
+
+
+def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
+    """Call a copy of a component with batches larger than `total`; return what grows with them."""
+    if any(has_forward_of_its_own(module) and not wrapped_path(module) for module in component.modules()):
+        return Growth("a module of the model has had its `forward` replaced, so that no copy of it can be tried")
+    state = TorchState.capture().bare()
+    is_small = sum(parameter.numel() for parameter in component.parameters()) < _SMALL
+    ways, why = [_as_it_is, _with_empty_caches, _without_caches] if has_cache(call) else [_as_it_is], ""
+    for with_weights in (True, False) if is_small else (False, True):
+        for change in ways:
+            growth = Growth()
+            try:
+                with kept_random_state():
+                    shapes = [
+                        call_in(state, None, partial(_call, component, call, total, more, with_weights, change, growth))
+                        for more in (1, 2)
+                    ]
+            except Exception as error:  # of any kind: then the dimensions cannot be determined
+                why = why or f"the model fails with a larger batch ({type(error).__name__}: {_in_a_line(error)})"
+                continue
+            for module, seen in shapes[0].items():
+                growth.note(module, seen, shapes[1].get(module, {}), total)
+            growth.doubt_time()
+            return growth
+    return Growth(why)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
+
+
+def has_cache(call: Call) -> bool:
+    """Whether a call has a cache of keys and values. It has begun to fill it, and may fail if it is made again with it.
+    A cache changes the lengths of values, not their dimensions."""
+    return any(map(_is_cache, tree_leaves(call)))
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and hasattr(value, "reset")
+
+
+def _as_it_is(call: Call) -> Call:
+    return call
+
+
+def _with_empty_caches(call: Call) -> Call:
+    for cache in filter(_is_cache, tree_leaves(call)):
+        cache.reset()
+    return call
+
+
+def _without_caches(call: Call) -> Call:
+    return tree_map(lambda value: None if _is_cache(value) else value, call)
+
+
+def _compare(one_more: Shapes, two_more: Shapes, total: int) -> Sizes:
+    return [None if a is None or b is None else _is_batch(a, b, total) for a, b in zip(one_more, two_more)]
+
+
+def _is_batch(one_more: Sequence[int], two_more: Sequence[int], total: int) -> bool | None:
+    if one_more == two_more:
+        return False
+    firsts = one_more[:1], two_more[:1]
+    return True if firsts == ((total + 1,), (total + 2,)) else None
+
+
+def _call(
+    component: nn.Module,
+    call: Call,
+    total: int,
+    more: int,
+    with_weights: bool,
+    change: Callable[[Call], Call],
+    growth: Growth,
+) -> dict[nn.Module, dict[str, list[Shapes]]]:
+    """Call a copy of a component with a batch of `total + more`, and with `change` of the copied arguments; return the
+    shapes of the values that passed its modules."""
+    copied = structural_copy(component, with_weights)
+    seen: dict[nn.Module, dict[str, list[Shapes]]] = {}
+    for module, original in zip(copied.modules(), component.modules(), strict=True):
+        module.register_forward_hook(partial(_see, seen.setdefault(original, {})), with_kwargs=True)
+    with _Larger(total, more, with_weights):
+        args, kwargs = change(copy.deepcopy(call))
+    with without_global_hooks(), _Values() as values:
+        copied(*args, **kwargs)
+    growth.is_of_values |= values.are_read
+    return seen
+
+
+def _see(calls: dict[str, list[Shapes]], _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    values = {"inputs": (args, kwargs), "input": next(iter((*args, *kwargs.values())), None), "output": output}
+    for part, value in values.items():
+        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in tree_leaves(value)]
+        calls.setdefault(part, []).append(shapes)
+
+
+class _Larger(TorchFunctionMode):
+    """Copies tensors with a batch of `total + more` in place of `total`, on the meta device unless `with_values`.
+
+    The last entry is repeated, then the first one: if shapes depend on the values, both have to count as one."""
+
+    def __init__(self, total: int, more: int, with_values: bool) -> None:
+        super().__init__()
+        self._total, self._more, self._has_values = total, more, with_values
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is not torch.Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        tensor = args[0].detach()
+        if tensor.shape[:1] == (self._total,):
+            tensor = torch.cat([tensor, tensor[-1:], tensor[:1]])[: self._total + self._more]
+        return tensor.clone() if self._has_values else torch.empty_like(tensor, device="meta")
+
+
+class _Values(TorchFunctionMode):
+    """Notices whether the model computes shapes from the values of tensors, as those that route tokens to experts do.
+
+    A condition (`if mask.all()`) is not counted: it is common, and hardly ever decides about a layout."""
+
+    are_read = False
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name == "__getitem__":
+            self.are_read |= any(map(_is_mask, args[1] if type(args[1]) is tuple else args[1:]))
+        elif name in _READING or name in _CHOOSING or (name == "where" and len(args) == 1 and not kwargs):
+            self.are_read = True
+        return function(*args, **kwargs)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype is torch.bool

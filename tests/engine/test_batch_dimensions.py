@@ -1,0 +1,215 @@
+"""Rows where the layout of a value changes from call to call, or cannot be found out by trying larger batches."""
+
+import functools
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from diffsight import Model
+from diffsight.errors import InputError
+from diffsight.extending import flow_of
+
+
+class Flips(nn.Module):
+    """Its middle has the time first if an argument, an attribute, the mode or the rank of the input says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle, self.is_flipped = nn.Identity(), False
+        self.options, self.names = {"flip": False}, ["flip"]
+
+    kind = "batch first"
+
+    def forward(self, x, flip=False):
+        by_attribute = self.is_flipped or self.options["flip"] or self.kind == "time first" or not self.names
+        if flip or by_attribute or not self.training or x.ndim == 4:
+            return self.middle(x.transpose(0, 1)).transpose(0, 1)
+        return self.middle(x)
+
+
+def row_of(net, x, path="middle", **kwargs):
+    """Return row 1 of a value, and the whole value; the row is None if it cannot be cut."""
+    with torch.no_grad(), Model(net).trace(x, **kwargs) as run:
+        whole = run[path].output
+        try:
+            return run.rows[1][path].output, whole
+        except InputError as error:
+            assert "cannot be cut into rows" in str(error)
+            return None, whole
+
+
+@pytest.mark.parametrize(
+    "flip",
+    [
+        lambda net: setattr(net, "is_flipped", True),
+        lambda net: setattr(net, "kind", "time first"),
+        lambda net: net.options.update(flip=True),
+        lambda net: net.names.clear(),
+        lambda net: net.eval(),
+        lambda net: setattr(net, "middle", nn.Identity()) or net.eval(),
+    ],
+)
+def test_a_layout_that_a_setting_changes_is_found_again(flip):
+    net, x = Flips(), torch.randn(2, 2, 4)
+    assert torch.equal(row_of(net, x)[0], x[1:])
+    flip(net)
+    assert row_of(net, x)[0] is None
+    net = Flips()
+    assert row_of(net.eval(), x)[0] is None
+    assert torch.equal(row_of(net.train(), x)[0], x[1:])
+
+
+def test_a_layout_that_an_argument_changes_is_found_again():
+    net, x = Flips(), torch.randn(2, 2, 4)
+    assert torch.equal(row_of(net, x)[0], x[1:])
+    assert row_of(net, x, flip=True)[0] is None
+    assert row_of(net, torch.randn(2, 2, 4, 1))[0] is None
+    assert torch.equal(row_of(net, x, flip=False)[0], x[1:])
+
+
+class Twice(Flips):
+    def generate(self, x):
+        return self(x, flip=True) + self(x)
+
+
+def test_rows_of_each_call_of_a_model_in_one_run():
+    x = torch.randn(2, 2, 4)
+    with Model(Twice()).generate(x) as run:
+        with pytest.raises(InputError, match="its first dimension is not the batch"):
+            run.rows[1].middle.output
+        first, second = run.middle.output, run.middle.calls[1].output
+        assert torch.equal(run.rows[1].middle.calls[1].output, second[1:])
+        with pytest.raises(InputError, match="cannot be cut into rows"):
+            run.rows[1].middle.output
+    assert torch.equal(first, x.transpose(0, 1))
+
+
+def test_a_row_of_a_value_that_the_model_has_passed():
+    x = torch.randn(2, 2, 4)
+    with torch.no_grad(), Model(WithTable()).trace(x) as run:
+        whole = run.last.output
+        run.output
+        assert torch.equal(run.rows[1].last.output, whole[1:])
+    with Model(Twice()).generate(x) as run:
+        first = run.middle.output
+        second = run.middle.calls[1].output
+        with pytest.raises(InputError, match="when the call that it belongs to had returned"):
+            run.rows[1].middle.output
+    assert first is not second
+
+
+class Routed(nn.Module):
+    """The expert gets the tokens that are positive, wherever they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert = nn.Identity()
+
+    def forward(self, x):
+        tokens = x.flatten()
+        chosen = (tokens > 0).nonzero()[:, 0]
+        return tokens.index_put((chosen,), self.expert(tokens[chosen])).view_as(x)
+
+
+def test_tokens_of_an_expert_are_rows_only_where_each_row_has_one():
+    net = Routed()
+    both, second, first = (
+        torch.eye(2),
+        torch.tensor([[0.0, 0], [1, 1]]),
+        torch.tensor([[1.0, 2, 0], [0, 0, 0], [0, 0, 3]]),
+    )
+    assert torch.equal(row_of(net, both, "expert")[0], torch.ones(1))
+    assert row_of(net, second, "expert")[0] is None and row_of(net, first, "expert")[0] is None
+    assert torch.equal(row_of(net, both, "expert")[0], torch.ones(1))
+
+
+class WithTable(nn.Module):
+    """The table has an entry for each of two tokens."""
+
+    def __init__(self, size=None):
+        super().__init__()
+        self.table, self.last, self.size = nn.Embedding(2, 4), nn.Linear(4, 4), size
+
+    def forward(self, x):
+        assert self.size in (None, len(x)), "another batch"
+        return self.last(x + self.table(torch.arange(2)))
+
+
+def replaced():
+    net = WithTable()
+    net.last.forward = lambda x: x * 2
+    return net
+
+
+def bound():
+    net = WithTable()
+    net.last.forward = functools.partial(nn.Linear.forward, net.last)
+    return net
+
+
+@pytest.mark.parametrize("build", [WithTable, bound])
+def test_a_table_as_long_as_the_batch_is_no_batch(build):
+    net, x = build(), torch.randn(2, 2, 4)
+    assert row_of(net, x, "table")[0] is None
+    row, whole = row_of(net, x, "last")
+    assert torch.equal(row, whole[1:])
+
+
+@pytest.mark.parametrize(
+    "build, why",
+    [(lambda: WithTable(2), "fails with a larger batch .*another batch"), (replaced, "`forward` replaced")],
+)
+def test_where_no_larger_batch_can_be_tried_no_row_is_cut(build, why):
+    for path in ("table", "last"):
+        refused = pytest.raises(InputError, match=f"cannot be cut into rows: .*{why}")
+        with refused, Model(build()).trace(torch.randn(2, 2, 4)) as run:
+            run.rows[1][path].output
+
+
+def test_rows_of_a_model_on_which_accelerate_has_put_hooks():
+    hooks = pytest.importorskip("accelerate.hooks")
+    net, x = WithTable(), torch.randn(2, 2, 4)
+    hooks.add_hook_to_module(net.last, hooks.AlignDevicesHook(execution_device="cpu"))
+    row, whole = row_of(net, x, "last")
+    assert torch.equal(row, whole[1:]) and row_of(net, x, "table")[0] is None
+
+
+def test_what_is_found_is_kept_for_calls_of_the_same_kind(monkeypatch):
+    from diffsight.engine import batch_dimensions
+
+    tried, really = [], batch_dimensions.try_larger_batches
+    monkeypatch.setattr(batch_dimensions, "try_larger_batches", lambda *args: tried.append(1) or really(*args))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=30)).eval()
+    model = Model(gpt2)
+    for ids in (torch.arange(10).view(2, 5), torch.arange(12).view(2, 6)):
+        with torch.no_grad(), model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) as run:
+            for _ in run.steps:
+                assert run.rows[1].transformer.h[0].output.shape[0] == 1
+    assert len(tried) <= 3  # the first step, the second with a past of several tokens, and perhaps one more
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+def test_caches_that_the_call_has_begun_to_fill(options):
+    """Bloom refuses a cache that is longer than its mask, and a static one has no place for more tokens."""
+    config = BloomConfig(n_layer=2, n_head=2, hidden_size=16, vocab_size=30, pad_token_id=0)
+    bloom, ids = BloomForCausalLM(config).eval(), torch.arange(10).view(2, 5)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, **options}
+    with torch.no_grad(), Model(bloom).generate(ids, attention_mask=torch.ones_like(ids), **options) as run:
+        for _ in run.steps:
+            whole = run.transformer.h[1].output
+            assert torch.equal(run.rows[1].transformer.h[1].output[0], whole[0][1:])
+
+
+def test_neither_a_run_nor_a_model_is_kept_alive():
+    net = Flips()
+    run = Model(net).trace(torch.randn(2, 2, 4))
+    assert run.rows[1].middle.output is not None
+    kept = weakref.ref(flow_of(run)), weakref.ref(net)
+    run.finish()
+    del run, net
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
