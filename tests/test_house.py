@@ -32,6 +32,7 @@ ENGINE = [
     "engine.target",
     "engine.wrapped_modules",
     "engine.structural_copy",
+    "engine.opaque_values",
     "engine.larger_batches",
     "engine.call_settings",
     "engine.batch_dimensions",

@@ -23,7 +23,7 @@ _MOST = 16  # settings of a component that are kept, kinds of arguments for each
 _NOTHING = Growth("it was asked for when the call that it belongs to had returned")
 
 
-class Calls(Protocol):
+class CountedCalls(Protocol):
     """The calls of a module; see `diffsight.engine.tapped_call.Tap`."""
 
     target: Target
@@ -38,7 +38,7 @@ class Running(Protocol):
 
     coroutine: Coroutine | None
     parked: Any  # where the model stands, see `diffsight.engine.points.Point`; None on its way
-    taps: dict[tuple[int, str], Calls]
+    taps: dict[tuple[int, str], CountedCalls]
 
 
 class Found(NamedTuple):
@@ -66,7 +66,7 @@ _of_runs: WeakKeyDictionary[Running, _OfRun] = WeakKeyDictionary()
 _kept: WeakKeyDictionary[nn.Module, list[tuple[ModuleSettings, dict[tuple, Growth]]]] = WeakKeyDictionary()
 
 
-def batch_dimensions(tap: Calls, index: int, part: str, value: Any, total: int) -> Found:
+def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total: int) -> Found:
     """Return which of the tensors in a value have the batch as their first dimension.
 
     Args:
@@ -100,7 +100,7 @@ def batch_dimensions(tap: Calls, index: int, part: str, value: Any, total: int) 
     return found
 
 
-def _calls_around(tap: Calls, index: int, calls: Calls) -> range:
+def _calls_around(tap: CountedCalls, index: int, calls: CountedCalls) -> range:
     """Return the numbers of the calls of a component in which call `index` of a module may have been made."""
     parked = tap.host.parked
     if calls is tap:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from diffsight.engine.batch_dimensions import batch_dimensions
 from diffsight.engine.hooks import FORWARD
+from diffsight.engine.opaque_values import CacheOfAllRows, holds_tensors, is_cache
 from diffsight.engine.target import Target
 from diffsight.errors import AssignmentError, InputError
 
@@ -74,6 +75,7 @@ class Part(Selection):
     """The entries `start`, `start + stride`, … below `stop` of a batch of `total`."""
 
     missing = "no call of it holds that part of the batch"
+    total = 1  # entries in the batch: the whole batch is one part, unless there are more
 
     def __init__(self, start: int, stop: int, total: int, stride: int = 1, name: str = "") -> None:
         self.start, self.stop, self.total, self.stride, self.name = start, stop, total, stride, name
@@ -115,18 +117,20 @@ class Part(Selection):
     def _take(self, leaf: Any, path: object) -> Any:
         if isinstance(leaf, torch.Tensor):
             return leaf[self._slice(leaf, path)] if self._is_batch(leaf) else leaf
-        inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
-        if any(isinstance(value, torch.Tensor) for value in inside.values()):
-            raise InputError(
-                f"{path} holds a {type(leaf).__name__}, which cannot be cut into rows. Read or assign it on the run "
-                "itself"
-            )
-        return leaf
+        if self.total == 1 or not holds_tensors(leaf):
+            return leaf
+        if is_cache(leaf):
+            return CacheOfAllRows(leaf, path)
+        raise InputError(
+            f"{path} holds a {type(leaf).__name__}, which cannot be cut into rows. Read or assign it on the run itself"
+        )
 
     def _put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
         if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
+            if self.total == 1 and not isinstance(whole, torch.Tensor):
+                return value
             _check_shared(whole, value, path)
             return whole
         return self._put_in_tensor(whole, value, path, copies)
@@ -235,8 +239,12 @@ def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 def _check_shared(whole: Any, value: Any, path: object) -> None:
     """Raise AssignmentError if a row is assigned something else in place of what all rows share."""
-    if whole is value:
+    if whole is value or (isinstance(value, CacheOfAllRows) and is_cache(whole)):
         return
+    if not isinstance(whole, torch.Tensor) and holds_tensors(whole):
+        raise AssignmentError(
+            f"{path} holds a {type(whole).__name__}, which cannot be cut into rows. Assign it on the run itself"
+        )
     if isinstance(whole, torch.Tensor):
         is_alike = (whole.shape, whole.dtype, whole.device) == (value.shape, value.dtype, value.device)
         is_same = is_alike and (whole.is_meta or torch.equal(whole, value))

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.hooks import has_forward_of_its_own
+from diffsight.engine.opaque_values import is_cache
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.torch_state import TorchState, call_in, kept_random_state
 from diffsight.engine.wrapped_modules import wrapped_path
@@ -123,11 +124,7 @@ def _in_a_line(error: Exception) -> str:
 def has_cache(call: Call) -> bool:
     """Whether a call has a cache of keys and values. It has begun to fill it, and may fail if it is made again with it.
     A cache changes the lengths of values, not their dimensions."""
-    return any(map(_is_cache, tree_leaves(call)))
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length") and hasattr(value, "reset")
+    return any(map(is_cache, tree_leaves(call)))
 
 
 def _as_it_is(call: Call) -> Call:
@@ -135,13 +132,13 @@ def _as_it_is(call: Call) -> Call:
 
 
 def _with_empty_caches(call: Call) -> Call:
-    for cache in filter(_is_cache, tree_leaves(call)):
+    for cache in filter(is_cache, tree_leaves(call)):
         cache.reset()
     return call
 
 
 def _without_caches(call: Call) -> Call:
-    return tree_map(lambda value: None if _is_cache(value) else value, call)
+    return tree_map(lambda value: None if is_cache(value) else value, call)
 
 
 def _compare(one_more: Shapes, two_more: Shapes, total: int) -> Sizes:
