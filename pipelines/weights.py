@@ -3,6 +3,7 @@
 A model built without weights adopts those of a loaded model.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,11 +24,19 @@ _loading = RLock()
 
 
 def check_weights(folder: Path, part: str = "") -> None:
-    """Raise OSError if a part of a model folder has no weight files, before they are needed.
+    """Raise OSError if a part of a model folder has no weight files, or links in their place that lead nowhere, before
+    they are needed.
 
     If `folder` is not a folder but the name of a repository, nothing is checked."""
-    if folder.is_dir() and not any(file.suffix in _FILES for file in (folder / part).iterdir()):
+    if not folder.is_dir():
+        return
+    files = [file for file in (folder / part).iterdir() if file.suffix in _FILES]
+    if not files:
         raise OSError(f"there are no weights in {folder / part}")
+    present = {file.suffix for file in files if os.path.exists(file)}  # False for a link to itself
+    broken = next((file for file in files if file.suffix not in present and not os.path.exists(file)), None)
+    if broken is not None:
+        raise OSError(f"{broken} is a broken link: it leads to {os.readlink(broken)}")
 
 
 @contextmanager

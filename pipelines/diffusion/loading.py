@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from diffsight.errors import InputError, suggest_packaged
-from diffsight.pipelines.arguments import check_arguments
+from diffsight.pipelines.arguments import check_arguments, signature
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.hub_access import hub_access, hub_file
 from diffsight.pipelines.loading_arguments import (
@@ -101,6 +102,7 @@ def open_pipeline(
         check_configurations(Path(place))
         index = DiffusionPipeline.load_config(place, **_for_hub(arguments))
         known_class = _pipeline_class(index, arguments)
+        _check_index(index, known_class, arguments)
         if known_class is not None:
             check_pipeline_arguments(known_class, arguments)
         check_parts_of_dtypes(arguments, index)
@@ -188,6 +190,28 @@ def _pipeline_class(index: dict[str, Any], arguments: dict[str, Any]) -> type | 
     return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
 
 
+def _check_index(index: dict[str, Any], known_class: type | None, arguments: dict[str, Any]) -> None:
+    """Raise ValueError, naming the entry, if an index does not name the pipeline's class, or a part of it."""
+    name = index.get("_class_name")
+    words = name if isinstance(name, list) and name else [name]  # of a class in a file: the file and the class
+    if "custom_pipeline" not in arguments and not all(isinstance(word, str) for word in words):
+        given = f"contains {name!r} for '_class_name'" if "_class_name" in index else "has no '_class_name'"
+        raise ValueError(f"its index {given}, which names the class of the pipeline")
+    parameters = {} if known_class is None else signature(known_class.__init__).parameters
+    optional = {name for name, parameter in parameters.items() if parameter.default is not Parameter.empty}
+    settings = optional.difference(getattr(known_class, "_optional_components", ()))
+    for part, entry in index.items():
+        if part.startswith("_") or part in settings or part in arguments:
+            continue
+        if (part in parameters or isinstance(entry, (list, tuple))) and not _is_part(entry):
+            raise ValueError(f"its index contains {entry!r} for {part!r} instead of a library and a class")
+
+
+def _is_part(entry: Any) -> bool:
+    is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2
+    return is_pair and (None in entry or all(isinstance(word, str) for word in entry))
+
+
 def _module_classes(
     index: dict[str, Any], place: str, arguments: dict[str, Any], weights: bool
 ) -> dict[str, type[nn.Module]]:
@@ -199,10 +223,8 @@ def _module_classes(
     Raises OSError if a module is missing in a folder, and ValueError if a part needs code that may not be run."""
     classes = {}
     for name, entry in index.items():
-        if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
+        if name.startswith("_") or name in arguments or not _is_part(entry) or None in entry:
             continue
-        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-            raise ValueError(f"its index contains {entry} for {name!r} instead of a library and a class")
         cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
             if weights:

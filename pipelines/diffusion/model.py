@@ -32,6 +32,7 @@ from diffsight.extending import (
     with_gradients,
 )
 from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
+from diffsight.pipelines.diffusion.attention_processors import processors_restored
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
 from diffsight.pipelines.diffusion.clip_skip import check_clip_skip
@@ -202,6 +203,7 @@ class DiffusionModel(HasEncoders, Model):
             with own.in_use() as method, ExitStack() as changes, _naming_the_prompt(is_missing=again is not None):
                 pipeline = own.pipeline
                 changes.enter_context(abandoned_bars_removed(pipeline))
+                changes.enter_context(processors_restored(pipeline))
                 if seeds is not None:
                     given["generator"] = generators(seeds)
                     changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))

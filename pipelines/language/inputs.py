@@ -21,6 +21,7 @@ from torch import nn
 from diffsight.errors import InputError, suggest
 from diffsight.extending import unwrapped
 from diffsight.pipelines.language.padding import pad, padding_token
+from diffsight.pipelines.loading_errors import reason_of
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.pipelines.valid_text import check_text
 
@@ -233,7 +234,11 @@ def _of_chats(tokenizer: Any, chats: list, left: bool) -> dict[str, Any]:
         raise InputError("the tokenizer has no chat template: pass text instead, or use a chat model")
     for chat in chats:
         check_text("a message", [message.get("content") for message in chat])
-    ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+    options = {"add_generation_prompt": True, "return_dict": True}
+    try:
+        ids = [tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
+    except Exception as error:  # templates raise their own errors
+        raise InputError(f"the chat template cannot take these messages: {reason_of(error)}") from error
     return pad([torch.tensor(one) for one in ids], padding_token(tokenizer), left)
 
 

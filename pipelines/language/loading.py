@@ -122,6 +122,9 @@ def check_loading(source: Source, arguments: Mapping[str, Any]) -> None:
 def _checked(place: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
     """Return the model's configuration and class. Raise InputError if it does not take the arguments."""
     config, others = _configuration(place, arguments)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 0:
+        raise ValueError(f"its configuration has {layers} layers")
     kind = _kind(config)
     is_known = not hasattr(kind, "_model_mapping") or type(config) in kind._model_mapping
     has_own_code = kind.__name__ in (getattr(config, "auto_map", None) or {}) and arguments.get("trust_remote_code")

@@ -114,7 +114,7 @@ def process_chats(processor: Any, chats: Sequence[list[Mapping]], images: Any, l
     try:
         texts = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # templates raise their own errors
-        raise InputError(f"the chat template cannot take these messages: {error}") from error
+        raise InputError(f"the chat template cannot take these messages: {reason_of(error)}") from error
     begin = processor.tokenizer.bos_token
     again = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
     return process(processor, texts, inside if any(inside) else None, left, **again)

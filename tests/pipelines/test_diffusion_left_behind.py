@@ -93,6 +93,25 @@ def test_nothing_is_left_behind(kind, pipe):
     assert torch.equal(drawn(model.generate(**kind.inputs(), seed=SEED)), want)
 
 
+@pytest.mark.parametrize("end", [drop_half_way, end_with_an_error, end_with_an_error_of_the_model, end_with_stop])
+def test_attention_processors_that_a_pipeline_sets(end):
+    kind = diffusion.PIPELINES["stable_diffusion"]
+    pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
+    before = pipe.unet.attn_processors
+    end(DiffusionModel(pipe), kind)
+    assert pipe.unet.attn_processors == before
+
+
+def test_attention_processors_that_the_user_sets(sd):
+    """They stay, however the run ends."""
+    own = diffusers.models.attention_processor.AttnProcessor()
+    with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+        _ = run.unet.mid_block.output
+        sd.unet.set_attn_processor(own)
+        run.stop()
+    assert {*sd.unet.attn_processors.values()} == {own}
+
+
 def test_classes_show_themselves_unchanged_in_a_run(sd):
     shown = repr(sd.scheduler)
     with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:

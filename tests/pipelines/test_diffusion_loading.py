@@ -180,6 +180,33 @@ def test_a_folder_with_a_damaged_index(tmp_path, index):
     assert str(tmp_path) in refusal(DiffusionModel, tmp_path)
 
 
+@pytest.mark.parametrize("entry", [None, "UNet2DConditionModel", {}, 3, [1, 2], ["diffusers"]])
+@pytest.mark.parametrize("part", ["unet", "safety_checker", "_class_name"])
+def test_a_wrong_entry_in_an_index(saved_pipeline, tmp_path, part, entry):
+    if part == "_class_name" and isinstance(entry, str):
+        return
+    file = tmp_path / "model_index.json"
+    file.write_text(json.dumps(json.loads((saved_pipeline / file.name).read_text()) | {part: entry}))
+    if (part, entry) == ("_class_name", ["diffusers"]):
+        assert str(tmp_path) in refusal(DiffusionModel, tmp_path)
+    else:
+        assert f"its index contains {entry!r} for {part!r}" in refusal(DiffusionModel, tmp_path)
+
+
+def test_an_index_without_a_class(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "its index has no '_class_name', which names the class" in refusal(DiffusionModel, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "diffusion_pytorch_model.safetensors"], ids=["nowhere", "itself"])
+def test_weights_that_are_a_broken_link(saved_pipeline, tmp_path, target):
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    file = tmp_path / "pipe/unet/diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.symlink_to(target)
+    assert f"{file} is a broken link: it leads to {target}" in refusal(DiffusionModel, tmp_path / "pipe")
+
+
 @pytest.mark.parametrize("missing", ["unet", "vae/diffusion_pytorch_model.safetensors", "text_encoder", "tokenizer"])
 def test_a_folder_that_lacks_a_part(saved_pipeline, tmp_path, missing):
     folder = tmp_path / "pipe"

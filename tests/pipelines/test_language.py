@@ -738,6 +738,7 @@ def test_text_that_is_not_unicode(model):
         ("tokenizer.json", "[]", "the tokenizer in .* cannot be loaded"),
         ("tokenizer.json", None, "the tokenizer in .* cannot be loaded"),
         ("model.safetensors", "{", "SafetensorError"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": -1}', "its configuration has -1 layers"),
     ],
 )
 def test_a_damaged_folder(model, tmp_path, file, content, told):
@@ -749,3 +750,9 @@ def test_a_damaged_folder(model, tmp_path, file, content, told):
         (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=told):
         LanguageModel(tmp_path, dispatch=True)
+
+
+def test_a_damaged_chat_template(model, monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{% for %}", raising=False)
+    with pytest.raises(InputError, match="the chat template cannot take these messages: TemplateSyntaxError: "):
+        model.trace([{"role": "user", "content": PROMPT}])
