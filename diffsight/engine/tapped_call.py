@@ -181,16 +181,17 @@ class Tap:
             return output
         index = self.active.pop()
         key = (OUTPUT, index)
-        if key in self.awaited or key in self.pending or self.keepers:
+        passes = key in self.awaited or key in self.pending or self.keepers
+        if passes:
             self.given = given
             try:
                 output, _ = self._pass(key, output)
             finally:
                 self.given = None
-            if has_hooks and self._has_hooks():
-                self._watch_hooks(key)(output)
         if self.watched:
             self.host.end_call(self, output)
+        if passes and has_hooks and self._has_hooks():
+            self._watch_hooks(key)(output)
         return output
 
     def has_changed_given(self) -> bool:

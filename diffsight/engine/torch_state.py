@@ -12,8 +12,9 @@ The body of a run and its model each have their own. `Coroutine.resume` exchange
     the global random generators, if the run has a seed
 
 Not exchanged: what changes no value (anomaly detection, the profiler, view replay, multithreaded backward passes,
-`torch.compiler.set_stance`); flags of cuDNN, MKL-DNN and of reduced precision, which change speed and rounding; and
-levels of forward-mode differentiation, of which PyTorch allows only one at a time, so that a second is an error.
+`torch.compiler.set_stance`, `disable_saved_tensors_hooks`); flags of cuDNN, MKL-DNN and of reduced precision, and the
+order of attention's kernels (`sdpa_kernel(..., set_priority=True)`), which change speed and rounding; and levels of
+forward-mode differentiation, of which PyTorch allows only one at a time, so that a second is an error.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,8 @@ from torch._C import (
 from torch._C._autograd import (
     _pop_saved_tensors_default_hooks,
     _push_saved_tensors_default_hooks,
+    _saved_tensors_hooks_enable,
+    _saved_tensors_hooks_is_enabled,
     _top_saved_tensors_default_hooks,
 )
 from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack, push_dynamic_layer_stack
@@ -253,10 +256,15 @@ def saved_tensor_hooks() -> tuple:
 
 
 def restore_saved_tensor_hooks(pairs: Iterable[tuple]) -> None:
-    """Set these pairs of hooks, outermost first, in place of the current ones."""
+    """Set these pairs of hooks, outermost first, in place of the current ones.
+
+    If the other side has disabled such hooks, which only refuses new ones, they are enabled for the rest of its block.
+    """
     while _top_saved_tensors_default_hooks(True):
         _pop_saved_tensors_default_hooks()
     for hooks in pairs:
+        if not _saved_tensors_hooks_is_enabled():
+            _saved_tensors_hooks_enable()
         _push_saved_tensors_default_hooks(*hooks)
 
 

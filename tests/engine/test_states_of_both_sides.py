@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -62,3 +63,24 @@ def test_saved_tensor_hooks_of_a_checkpoint():
     assert all(map(torch.allclose, got, expected))
     clean = torch.autograd.grad(net(x).sum(), [*net.parameters()])
     assert all(map(torch.allclose, torch.autograd.grad(run.result.sum(), [*net.parameters()]), clean))
+
+
+def test_one_side_has_saved_tensor_hooks_and_the_other_disables_them():
+    torch.manual_seed(0)
+    net, x = Net(checkpointed=True), torch.randn(3, 4)
+    clean = net(x)
+    with Model(net).trace(x) as run:
+        run.a.output
+        with disable_saved_tensors_hooks("not in the body"):
+            run.b.input
+    assert torch.equal(run.result, clean)
+
+    net.checkpointed = False
+    net.forward = disable_saved_tensors_hooks("not in the model")(net.forward)
+    with Model(net).trace(x) as run:
+        with save_on_cpu():
+            run.a.output
+            run.b.input
+            assert torch._C._autograd._top_saved_tensors_default_hooks(True)
+    assert torch.equal(run.result, clean) and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    assert not torch._C._autograd._top_saved_tensors_default_hooks(True)

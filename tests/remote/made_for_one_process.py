@@ -160,6 +160,7 @@ TESTS = {
     "test_sae.py::test_what_cannot_be_attached": ATTACHED,
     "test_saving.py": SHARED,
     "test_stacks.py::test_nothing_of_a_stopped_or_failed_run_is_held": INSIDE,
+    "test_states_of_both_sides.py::test_one_side_has_saved_tensor_hooks_and_the_other_disables_them": MODES,
     "test_states_of_both_sides.py::test_saved_tensor_hooks_of_a_checkpoint": MODES,
     "test_states_of_torch.py::test_a_run_inside_torch_func": MODES,
     "test_states_of_torch.py::test_the_bodys_block_is_not_around_the_model[no_grad]": MODES,
