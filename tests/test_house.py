@@ -27,6 +27,7 @@ ENGINE = [
     "engine.checkpointed_regions",
     "engine.tapped_pickles",
     "engine.hooks",
+    "engine.changes_in_place",
     "engine.users_hooks",
     "engine.unseen_modules",
     "engine.target",

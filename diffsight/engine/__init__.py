@@ -9,6 +9,7 @@ The files in order; each imports only from those above it:
     checkpointed_regions    parts of the model that `backward()` computes again
     tapped_pickles  pickles of objects whose methods are tapped
     hooks           the hooks that a run puts on the model and removes again
+    changes_in_place    which of its values a function changes in place
     users_hooks     forward hooks of others, and which of them may change an output
     unseen_modules  classes of modules whose outputs cannot be seen
     target          one thing that can be tapped, and its path

@@ -28,7 +28,7 @@ from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.threads import calls_in_threads
 from diffsight.engine.torch_state import TorchState, unseen
-from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
+from diffsight.engine.users_hooks import has_forward_hooks, is_unsure, output_hooks
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import DiffsightError, warn_user
 
@@ -181,8 +181,8 @@ class Tap:
             return output
         index = self.active.pop()
         key = (OUTPUT, index)
-        passes = key in self.awaited or key in self.pending or self.keepers
-        if passes:
+        watch = self._watch_hooks(key, []) if has_hooks and self._has_hooks() else None
+        if key in self.awaited or key in self.pending or self.keepers:
             self.given = given
             try:
                 output, _ = self._pass(key, output)
@@ -190,8 +190,8 @@ class Tap:
                 self.given = None
         if self.watched:
             self.host.end_call(self, output)
-        if passes and has_hooks and self._has_hooks():
-            self._watch_hooks(key)(output)
+        if watch is not None:
+            watch(output)
         return output
 
     def has_changed_given(self) -> bool:
@@ -212,51 +212,48 @@ class Tap:
         before = output_hooks(owner) if self._has_hooks() else []
         if not before:
             return False
+        watch = self._watch_hooks((OUTPUT, index), before)
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
                 return None
-            self._remove_hook(hook)
-            is_asked_for = key in self.awaited or key in self.pending or self.keepers
+            hook.remove()
+            self.hooks = tuple(other for other in self.hooks if other is not hook)
             output = self.leave(output, given, has_hooks=False)
-            if watch and is_asked_for:
+            if watch is not None:
                 watch(output)
             return output
 
-        key = (OUTPUT, index)
         hook = owner.register_forward_hook(after)
         self.hooks = (*self.hooks, hook)
-        behind = [number for number in owner._forward_hooks if number not in (*before, hook.id)]
-        for number in behind:
+        for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
             owner._forward_hooks.move_to_end(number)
-        watch = self._watch_hooks(key) if behind else None
         return True
 
-    def _watch_hooks(self, key: PointKey) -> Callable[[Any], None]:
-        """Refuse a point if one of the hooks that run after it, which return nothing, changes the output in place.
-
-        Return the function that must be called with the output where it passes the point."""
-        owner, passed = self.target.owner, []
+    def _watch_hooks(self, key: PointKey, before: list[int]) -> Callable[[Any], None] | None:
+        """Refuse a point that is read or assigned if a hook that runs after it changes the output in place. Return the
+        function to call with the output when it has passed the point; None if no such hook calls anything."""
+        owner, watched = self.target.owner, []
+        is_touched = key in self.awaited or key in self.pending or OUTPUT in self.keepers
+        if not is_touched or not is_unsure(owner, before):
+            return None
 
         def last(module: nn.Module, args: tuple, output: Any) -> None:
             if module is not owner or current_owner() is not self.host:
                 return
-            self._remove_hook(hook)
-            if passed and passed[0] is output and passed[1] != _versions_in(output):
+            hook.remove()
+            self.hooks = tuple(other for other in self.hooks if other is not hook)
+            if watched and watched[0] is output and watched[1] != _versions_in(output):
                 self._refuse(
                     key,
                     None,
                     "is changed in place by a hook on the module, after the run has read or assigned it. Let the hook "
-                    "return what it has changed",
+                    "return the output that it has changed",
                 )
 
         hook = owner.register_forward_hook(last)
         self.hooks = (*self.hooks, hook)
-        return lambda output: passed.extend((output, _versions_in(output)))
-
-    def _remove_hook(self, hook: Any) -> None:
-        hook.remove()
-        self.hooks = tuple(other for other in self.hooks if other is not hook)
+        return lambda output: watched.extend((output, _versions_in(output)))
 
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """Let a value pass a point. Return the value that the model continues with, and whether it was replaced."""

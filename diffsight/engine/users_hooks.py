@@ -2,7 +2,8 @@
 
 The model continues with the return value of the last of these hooks, so this is the module's output. Hooks that only
 look at the output, such as the hooks with which transformers captures hidden states, see the run's edits. Whether a
-hook only looks must be known before it is called, and is determined from its bytecode.
+hook only looks must be known before it is called, and is determined from its bytecode: it returns nothing and changes
+nothing of the output in place. What the functions that it calls do is not known; `calls_functions` finds such hooks.
 """
 
 import dis
@@ -10,11 +11,13 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+
+from diffsight.engine.changes_in_place import UNKNOWN, changed_in_place, is_in_place
 
 _RETURN_NOTHING = {  # methods of Python's containers that return None
     list: {"append", "extend", "insert", "clear", "__setitem__"},
@@ -41,16 +44,69 @@ def output_hooks(module: nn.Module) -> list[int]:
     return [number for _, number in hooks]
 
 
+def is_unsure(module: nn.Module, before: list[int]) -> bool:
+    """Return whether a hook, other than those with the ids `before`, calls functions in Python. These might change the
+    output in place."""
+    hooks = [hook for number, hook in module._forward_hooks.items() if number not in before]
+    if not before:
+        hooks += torch_module._global_forward_hooks.values()
+    return any(map(_calls_functions, hooks))
+
+
 def only_looks(hook: Callable) -> bool:
-    """Return whether a hook is certain to return None, whatever it is called with."""
-    if isinstance(hook, functools.partial):
-        return only_looks(hook.func)
-    if isinstance(hook, MethodType):
-        return only_looks(hook.__func__)
-    if isinstance(hook, FunctionType):
-        return _returns_nothing(hook.__code__) or _adds_to_container(hook)
-    call = type(hook).__call__
-    return isinstance(call, FunctionType) and only_looks(call)
+    """Return whether a hook always returns None, and does not itself change the output in place."""
+    function, bound, given, _ = _function_of(hook)
+    if function is None or not (_returns_nothing(function.__code__) or _adds_to_container(function)):
+        return False
+    changed = changed_in_place(function.__code__)
+    if not changed:
+        return True
+    code = function.__code__
+    arguments, count = code.co_varnames, code.co_argcount - len(function.__defaults__ or ())
+    others = {*arguments[: min(bound + 1, count)], *arguments[count : code.co_argcount + code.co_kwonlyargcount]}
+    return not any(_may_be_output(name, function) for name in changed - others - given)
+
+
+def _calls_functions(hook: Callable) -> bool:
+    function, _, _, owner = _function_of(hook)
+    if function is None:
+        return False
+    names = {*function.__code__.co_names, *function.__code__.co_freevars}
+    values = (value for name in names for value in (_value_of(name, function), getattr(type(owner), name, None)))
+    return any(isinstance(value, FunctionType | MethodType | functools.partial) for value in values)
+
+
+def _function_of(hook: Callable) -> tuple[FunctionType | None, int, frozenset[str], Any]:
+    """Return the function that a hook calls, None if it is not written in Python; how many arguments it is given before
+    the module, and the names of those given by name; and the object whose method it is."""
+    bound, given, owner = 0, frozenset(), None
+    while not isinstance(hook, FunctionType):
+        if isinstance(hook, functools.partial):
+            bound, given, hook = bound + len(hook.args), given | hook.keywords.keys(), hook.func
+        elif isinstance(hook, MethodType):
+            bound, owner, hook = bound + 1, hook.__self__, hook.__func__
+        elif isinstance(type(hook).__call__, FunctionType):
+            bound, owner, hook = bound + 1, hook, type(hook).__call__
+        else:
+            return None, 0, given, None
+    return hook, bound, given, owner
+
+
+def _may_be_output(name: str, function: FunctionType) -> bool:
+    """Whether a variable that a hook changes in place may be the output, or a function called to change it."""
+    if name == UNKNOWN or name in function.__code__.co_varnames:
+        return True
+    value = _value_of(name, function)
+    return isinstance(value, ModuleType) or (is_in_place(name) and callable(value))
+
+
+def _value_of(name: str, function: FunctionType) -> Any:
+    """Return the value of a variable from outside a function; None if it has none yet, or is the function's own."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+    try:
+        return cells[name].cell_contents if name in cells else function.__globals__.get(name)
+    except ValueError:
+        return None
 
 
 @functools.cache
@@ -78,9 +134,4 @@ def _adds_to_container(hook: FunctionType) -> bool:
     if any(step.opname == "RETURN_VALUE" or "JUMP" in step.opname for step in steps[:-1]):
         return False
     name, method = steps[0].argval, steps[1].argval
-    cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or ()))
-    try:
-        container: Any = cells[name].cell_contents if name in cells else hook.__globals__[name]
-    except (KeyError, ValueError):  # an argument, or a variable that has no value yet
-        return False
-    return method in _RETURN_NOTHING.get(type(container), ())
+    return method in _RETURN_NOTHING.get(type(_value_of(name, hook)), ())
