@@ -181,8 +181,8 @@ class Tap:
             return output
         index = self.active.pop()
         key = (OUTPUT, index)
-        passes = key in self.awaited or key in self.pending or self.keepers
-        if passes:
+        watch = self._watch_hooks(key, []) if has_hooks and self._has_hooks() else None
+        if key in self.awaited or key in self.pending or self.keepers:
             self.given = given
             try:
                 output, _ = self._pass(key, output)
@@ -190,7 +190,7 @@ class Tap:
                 self.given = None
         if self.watched:
             self.host.end_call(self, output)
-        if passes and has_hooks and self._has_hooks() and (watch := self._watch_hooks(key, [])):
+        if watch is not None:
             watch(output)
         return output
 
@@ -231,10 +231,11 @@ class Tap:
         return True
 
     def _watch_hooks(self, key: PointKey, before: list[int]) -> Callable[[Any], None] | None:
-        """Refuse the point if a hook that runs after it changes the output in place. Return the function that has to be
-        called with the output when it has passed the point; None if no such hook calls anything."""
+        """Refuse a point that is read or assigned if a hook that runs after it changes the output in place. Return the
+        function to call with the output when it has passed the point; None if no such hook calls anything."""
         owner, watched = self.target.owner, []
-        if not is_unsure(owner, before):
+        is_touched = key in self.awaited or key in self.pending or OUTPUT in self.keepers
+        if not is_touched or not is_unsure(owner, before):
             return None
 
         def last(module: nn.Module, args: tuple, output: Any) -> None:

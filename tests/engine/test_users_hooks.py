@@ -185,7 +185,11 @@ def test_a_hook_that_calls_a_function_that_changes_the_output_is_refused(net, x,
     layer.register_forward_hook(change_elsewhere)
     clean = footprint(net)
     with torch.no_grad():
-        Model(net).trace(x).result  # nothing is read
+        expected = net(x)
+        with Model(net).trace(x) as run:  # a value inside the layer
+            run.record("layers[0].input")
+            run.layers[0].out.output
+        assert torch.equal(run.result, expected)
         with pytest.raises(DiffsightError, match=r"layers\[0\].output is changed in place by a hook"):
             with Model(net).trace(x) as run:
                 run.layers[0].output
