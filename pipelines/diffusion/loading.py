@@ -197,6 +197,9 @@ def _check_index(index: dict[str, Any], known_class: type | None, arguments: dic
     if "custom_pipeline" not in arguments and not all(isinstance(word, str) for word in words):
         given = f"contains {name!r} for '_class_name'" if "_class_name" in index else "has no '_class_name'"
         raise ValueError(f"its index {given}, which names the class of the pipeline")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and not issubclass(found, (DiffusionPipeline, ModularPipeline)):
+        raise ValueError(f"its index names the class {name!r}, which is not a pipeline")
     parameters = {} if known_class is None else signature(known_class.__init__).parameters
     optional = {name for name, parameter in parameters.items() if parameter.default is not Parameter.empty}
     settings = optional.difference(getattr(known_class, "_optional_components", ()))
