@@ -9,6 +9,7 @@ run = model.trace(x)                     # or left open: look, change, then
 run.finish()
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -256,6 +257,7 @@ class Run(InRun):
         try:
             flow.is_entered = True
             flow.tree.open_runs.add(flow)
+            flow.note_block(sys._getframe(1).f_code)
             flow.enter_body()
         except BaseException:  # interrupted: the block does not begin, so Python would not call __exit__
             self._close_all([flow])

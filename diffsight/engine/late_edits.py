@@ -7,22 +7,25 @@ edits.changed()                     # before it moves again: the points whose va
 PyTorch counts how often a tensor is changed in place: its version. Versions are compared before and after each turn of
 the bodies, since at other times it is the model that changes its tensors. It takes time, so only the values read last
 are watched, and of them only those that somebody still holds. Only outputs are: inputs, such as masks and embeddings,
-are often used again.
+are often used again. A value that a helper function has read is let go when the function returns, perhaps before the
+model moves on. Then a `Remnant` is kept, which takes no memory.
 """
 
 from collections import deque
 from dataclasses import fields
+from types import CodeType
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, strided
-from torch._C import DisableTorchFunctionSubclass
+from torch import Tensor, empty, strided
+from torch._C import DisableTorchFunctionSubclass, _DisableTorchDispatch, _len_torch_dispatch_stack
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.points import Point
 
 _MOST_WATCHED = 4  # tensors
+_EMPTY = empty(0)
 
 
 class Moves:
@@ -39,11 +42,13 @@ class LateEdits:
 
     Call its methods where no function modes are active, see `unseen`: they would see how versions are looked up."""
 
-    __slots__ = ("noted", "watched")
+    __slots__ = ("block", "noted", "watched")
 
     def __init__(self) -> None:
         self.noted = 0  # how many moves there had been when the versions were noted
-        self.watched: deque[list] = deque(maxlen=_MOST_WATCHED)  # for each tensor: a weak reference, version, point
+        # For each tensor: a weak reference, its version, the point, and what is left once nobody holds the tensor.
+        self.watched: deque[list] = deque(maxlen=_MOST_WATCHED)
+        self.block: CodeType | None = None  # the code with the block of the run, whose variables last until it ends
 
     def note(self, left: Point | None) -> None:
         """Note the versions of the tensors after the model has moved, and watch the point that it has `left`."""
@@ -54,7 +59,9 @@ class LateEdits:
                 watched.popleft()
             for entry in watched:
                 tensor = entry[0]()
-                if tensor is not None:
+                if tensor is None:
+                    entry[3] = None  # from here on, the model may have changed a tensor with the same memory
+                else:
                     entry[1] = tensor._version
         if left is not None and left.reader is not None:  # somebody has read it, and it is an output
             weak = left.weak
@@ -68,31 +75,59 @@ class LateEdits:
         """Watch a part of the value of a point that the model has passed, if it is a tensor."""
         if type(leaf) is Tensor:  # a parameter is changed by whoever trains it
             try:
-                self.watched.append([ref(leaf), leaf._version, point])
+                self.watched.append([ref(leaf), leaf._version, point, self._remnant(leaf, point)])
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                 return
         else:
             for tensor in _other_tensors(leaf):
                 try:
-                    self.watched.append([_AsPlain(tensor), tensor._version, point])
+                    self.watched.append([_AsPlain(tensor), tensor._version, point, None])
                 except RuntimeError:  # as above
                     return
+
+    def _remnant(self, tensor: Tensor, point: Point) -> "Remnant | None":
+        """Return the remnant of a tensor that a helper function has read, whose variables are gone when it returns."""
+        code = point.reader and point.reader[0]
+        is_kept = code is None or code is self.block or code.co_name[0] == "<"
+        if is_kept or _len_torch_dispatch_stack():  # a mode would see how one is made
+            return None
+        try:
+            return Remnant(tensor, point.changed)
+        except RuntimeError:  # a sparse tensor, or one on the meta device
+            return None
 
     def forget(self, point: Point) -> None:
         """Stop watching the values of a point."""
         for entry in [entry for entry in self.watched if entry[2] is point]:
             self.watched.remove(entry)
 
-    def changed(self) -> list[tuple[Point, Tensor]]:
+    def changed(self) -> "list[tuple[Point, Tensor | Remnant]]":
         """Return the points whose values a body has changed in place since the model last moved, and the tensors.
 
         Another run's model may change them too, if a body has assigned them there. So there are none if it moved."""
         found = []
-        for weak, version, point in self.watched:
+        for weak, version, point, remnant in self.watched:
             tensor = weak()
+            if tensor is None:
+                tensor = remnant
             if tensor is not None and tensor._version != version and self.noted == moves.count:
                 found.append((point, tensor))
         return found
+
+
+class Remnant:
+    """What is left of a tensor that nobody holds any more. It tells whether the tensor was changed."""
+
+    __slots__ = ("_same", "is_trained", "place")
+
+    def __init__(self, tensor: Tensor, is_assigned: bool) -> None:
+        self.is_trained, self.place = is_trained(tensor, is_assigned), _place(tensor)
+        self._same = tensor.detach()
+        self._same.data = _EMPTY  # it has no memory, but still the same version
+
+    @property
+    def _version(self) -> int:
+        return self._same._version
 
 
 class _AsPlain:
@@ -108,7 +143,7 @@ class _AsPlain:
         tensor = self._weak()
         if tensor is None:
             return None
-        with DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass(), _DisableTorchDispatch():
             return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
@@ -122,14 +157,16 @@ def _other_tensors(leaf: Any) -> list[Tensor]:
     return [leaf] if has_memory and not isinstance(leaf, Parameter) else []
 
 
-def is_trained(tensor: Tensor, is_assigned: bool) -> bool:
+def is_trained(tensor: Tensor | Remnant, is_assigned: bool) -> bool:
     """Whether a tensor is one that the user trains, and so changes at any time: a parameter, a view of one, or, if a
     body has assigned it, any other leaf of the graph."""
+    if isinstance(tensor, Remnant):
+        return tensor.is_trained
     base = tensor if tensor._base is None else tensor._base
     return type(base) is Parameter or (is_assigned and base.is_leaf and base.requires_grad)
 
 
-def shares_memory(tensor: Tensor, values: list[Any]) -> bool:
+def shares_memory(tensor: Tensor | Remnant, values: list[Any]) -> bool:
     """Whether a tensor has the memory of one of the tensors in `values`."""
     found = [
         leaf
@@ -137,6 +174,8 @@ def shares_memory(tensor: Tensor, values: list[Any]) -> bool:
         for leaf in ([value] if type(value) in (Tensor, Parameter) else _other_tensors(value))
     ]
     dense = [leaf for leaf in found if leaf.layout is strided]
+    if isinstance(tensor, Remnant):
+        return tensor.place in map(_place, dense)
     return tensor.layout is strided and _place(tensor) in map(_place, dense)
 
 

@@ -10,6 +10,7 @@ dropped.
 
 from collections.abc import Collection
 from contextlib import ExitStack
+from types import CodeType
 from typing import Any, Protocol
 
 from diffsight.engine import order
@@ -70,6 +71,10 @@ class RunEnd:
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
         self._home: Any = None  # the stack of the code that opened the run
+
+    def note_block(self, code: CodeType) -> None:
+        """Note the code that has the block of the run's `with` statement in it."""
+        self._late_edits.block = code
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""

@@ -2,7 +2,9 @@
 
 import sys
 from dataclasses import dataclass
+from weakref import ref
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -438,3 +440,113 @@ def test_a_dataclass_that_holds_the_value_where_the_model_stands():
         run[1].output
         hidden.zero_()
     assert torch.equal(run.result, torch.zeros(2, 4))
+
+
+def edits_late(run):
+    hidden = run[0].output
+    run[1].output
+    hidden[:] = 0
+
+
+def test_a_value_that_a_function_lets_go():
+    net, x = net_and_input()
+    with torch.no_grad():
+        for goes_on in (False, True):
+            with pytest.raises(OutOfOrderError, match=LATE), Model(net).trace(x) as run:
+                edits_late(run)
+                if goes_on:
+                    run[2].output
+        with pytest.raises(OutOfOrderError, match=LATE):
+            Model(net).edit(edits_late).trace(x).result
+        with pytest.raises(OutOfOrderError, match=LATE), Model(net).trace(x) as run:
+            run.each(edits_late)
+
+
+def test_what_a_function_may_change():
+    def at_the_point(run):
+        run[0].output.zero_()
+
+    def shared(run):
+        hidden = run[0].output
+        run[1].input
+        hidden.add_(1)
+
+    def ahead(run):
+        hidden = run[1].output
+        run[2].input
+        run[2].input = hidden.add_(1)
+
+    def own(run):
+        hidden = run[1].output.clone()
+        run[2].input
+        hidden.zero_()
+
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        for change in (at_the_point, shared, ahead, own):
+            change(run)
+    assert torch.equal(run.result, net[2](net[1](torch.ones(2, 4)) + 1))
+
+
+def test_the_model_may_change_what_a_function_has_let_go():
+    class Buffer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("kept", torch.zeros(2, 4))
+
+        def forward(self, x):
+            return self.kept[:]
+
+    class Writes(nn.Module):
+        def __init__(self, buffer):
+            super().__init__()
+            self.__dict__["buffer"] = buffer
+
+        def forward(self, x):
+            self.buffer.kept.add_(1)
+            return x + self.buffer.kept
+
+    def read(run):
+        return run[0].output.sum()
+
+    buffer, x = Buffer(), torch.zeros(2, 4)
+    with torch.no_grad(), Model(nn.Sequential(buffer, nn.Dropout(0), Writes(buffer))).trace(x) as run:
+        read(run)
+        run[1].input
+        run[2].output
+    assert torch.equal(run.result, torch.full((2, 4), 2.0))
+
+
+def test_a_part_of_a_parameter_that_a_function_lets_go_may_be_trained():
+    net, x = nn.Sequential(Places(), nn.Linear(4, 4)), torch.randn(3, 4)
+
+    def train(run):
+        places = run[0].output
+        run[1].output.sum().backward()
+        assert places.requires_grad
+        torch.optim.SGD(net.parameters(), 0.1).step()
+
+    before = net[0].places.detach().clone()
+    with Model(net).trace(x) as run:
+        train(run)
+    assert not torch.equal(net[0].places, before)
+
+
+def test_a_value_that_a_function_lets_go_takes_no_memory():
+    arrays = []
+
+    def make(x):
+        array = numpy.ones((2, 4), numpy.float32)
+        arrays.append(ref(array))
+        return torch.from_numpy(array)
+
+    def read(run):
+        value = run[0].output
+        run[2].output
+        assert arrays[0]() is not None
+        return value.shape
+
+    net = nn.Sequential(Gives(make), Gives(lambda x: x * 2), nn.Tanh())
+    with torch.no_grad(), Model(net).trace(torch.ones(2, 4)) as run:
+        read(run)
+        assert arrays[0]() is None
