@@ -74,8 +74,10 @@ class LateEdits:
     def watch(self, point: Point, leaf: Any) -> None:
         """Watch a part of the value of a point that the model has passed, if it is a tensor."""
         if type(leaf) is Tensor:  # a parameter is changed by whoever trains it
+            reader = point.reader
             try:
-                self.watched.append([ref(leaf), leaf._version, point, self._remnant(leaf, point)])
+                remnant = None if reader is None or reader[0] is self.block else _remnant(leaf, point)
+                self.watched.append([ref(leaf), leaf._version, point, remnant])
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                 return
         else:
@@ -84,17 +86,6 @@ class LateEdits:
                     self.watched.append([_AsPlain(tensor), tensor._version, point, None])
                 except RuntimeError:  # as above
                     return
-
-    def _remnant(self, tensor: Tensor, point: Point) -> "Remnant | None":
-        """Return the remnant of a tensor that a helper function has read, whose variables are gone when it returns."""
-        code = point.reader and point.reader[0]
-        is_kept = code is None or code is self.block or code.co_name[0] == "<"
-        if is_kept or _len_torch_dispatch_stack():  # a mode would see how one is made
-            return None
-        try:
-            return Remnant(tensor, point.changed)
-        except RuntimeError:  # a sparse tensor, or one on the meta device
-            return None
 
     def forget(self, point: Point) -> None:
         """Stop watching the values of a point."""
@@ -113,6 +104,17 @@ class LateEdits:
             if tensor is not None and tensor._version != version and self.noted == moves.count:
                 found.append((point, tensor))
         return found
+
+
+def _remnant(tensor: Tensor, point: Point) -> "Remnant | None":
+    """Return the remnant of a tensor that a helper function has read, whose variables are gone when it returns."""
+    # A comprehension is part of another function. A mode would see how a remnant is made.
+    if point.reader[0].co_name[0] == "<" or _len_torch_dispatch_stack():
+        return None
+    try:
+        return Remnant(tensor, point.changed)
+    except RuntimeError:  # a sparse tensor, or one on the meta device
+        return None
 
 
 class Remnant:
