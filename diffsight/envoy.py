@@ -487,6 +487,9 @@ class Envoy(Points):
 
     def _at(self, path: str) -> "Envoy | MethodEnvoy":
         """Return the envoy at a path from here, such as "layers[4].mlp"."""
+        found = self._child(path)  # a name may have brackets in it
+        if found is not None:
+            return found
         found = self
         for step in path.replace("[", ".").replace("]", "").split("."):
             child = found._child(step)

@@ -48,7 +48,7 @@ class RunOfThread:
 THIS_THREAD = _Thread()
 runs_beside_main: set[RunOfThread] = set()  # the runs in other threads than the main one
 _calls = count()
-_CALL_CODES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+_CALL_CODES = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 # Calls of hooked modules that belong to no run, in threads without runs: the id of a module to, by its id, the
 # outermost module that the thread has called, and the number of the last such call. If that is a whole component, or is
@@ -68,14 +68,13 @@ def note_call_in_thread(module: nn.Module, code: CodeType) -> None:
     """Note a call of a hooked module outside of runs. `code` is the code that calls of hooked modules run."""
     if THIS_THREAD.runs:
         return
-    frame, outermost = sys._getframe(1), module
+    frame = outermost = sys._getframe(1)  # the call of `module`
     while frame is not None:
-        if frame.f_code is code:
-            outermost = frame.f_locals["module"]
-        elif frame.f_code in _CALL_CODES:
-            outermost = frame.f_locals["self"]
+        if any(frame.f_code is known for known in (code, *_CALL_CODES)):
+            outermost = frame
         frame = frame.f_back
-    calls_in_threads.setdefault(id(module), {})[id(outermost)] = next(_calls)
+    called = outermost.f_locals["module" if outermost.f_code is code else "self"]
+    calls_in_threads.setdefault(id(module), {})[id(called)] = next(_calls)
 
 
 def outermost_in_threads(module: nn.Module, since: int) -> list[int]:

@@ -1,5 +1,7 @@
 """Envoys outside a run are the module tree; in a run they are bound to it."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -159,3 +161,10 @@ def test_the_same_module_under_two_names(x):
     with Model(net).trace(x) as run:
         assert run.first.output is run.last.output
         assert torch.equal(run.last.calls[1].output, net(x))
+
+
+def test_names_with_brackets(x):
+    net = nn.Sequential(OrderedDict({"x": nn.Sequential(linear()), "x[0]": nn.Tanh(), "a[b": nn.Tanh()}))
+    with torch.no_grad(), Model(net).trace(x) as run:
+        inner = run.x[0].output
+        assert torch.equal(run["x[0]"].output, inner.tanh()) and torch.equal(run["a[b"].output, inner.tanh().tanh())
