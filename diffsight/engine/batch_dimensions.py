@@ -56,7 +56,7 @@ class _OfRun:
     """What has been found in one run. It does not keep the run alive."""
 
     def __init__(self) -> None:
-        self.growth: dict[tuple[int, str], dict[int, Growth]] = {}  # by component and number of its call
+        self.growth: dict[tuple, dict[int, Growth]] = {}  # by component and size of the batch, and number of the call
         # By value: its component, the numbers of the calls of it that the value may be of, and what was found.
         self.last: dict[tuple, tuple[tuple[int, str], range, Found]] = {}
 
@@ -88,7 +88,7 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
     if known is not None and known[1] == _calls_around(tap, index, host.taps[known[0]]):
         return known[2]
     component = target.around()[0] if target.outer else target
-    calls, growths = host.taps[component.key], of_run.growth.setdefault(component.key, {})
+    calls, growths = host.taps[component.key], of_run.growth.setdefault((component.key, total), {})
     numbers, latest = _calls_around(tap, index, calls), calls.entered - 1
     if latest in numbers and latest not in growths:
         growths[latest] = _growth(host, component.owner, total)

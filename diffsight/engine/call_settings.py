@@ -8,9 +8,10 @@ Two calls with equal settings and kinds are taken to have their batch in the sam
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
-from operator import attrgetter, call
-from types import MethodType, NoneType
+from operator import attrgetter, call, methodcaller
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 from weakref import ref
 
@@ -18,10 +19,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from diffsight.engine.opaque_values import is_cache
+
 _PLAIN = frozenset({bool, int, str, NoneType, torch.dtype, torch.device})  # no floats: they are sizes of something
 _PASSED_OVER = frozenset({float, MethodType, torch.Tensor, nn.Parameter})
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, partial, type)
 _NOT_SETTINGS = frozenset({*vars(nn.Module()), "forward", "__getstate__"})  # what every module and every hook has
-_modules_of = attrgetter("_modules")
+_modules_of, _values_of = attrgetter("_modules"), methodcaller("values")
 
 
 class ModuleSettings:
@@ -42,7 +46,7 @@ class ModuleSettings:
         self._holders: list[tuple[int, str]] = []  # the number of a module, and the name of an object that it holds
         for number, module in enumerate(modules):
             own = {name: value for name, value in vars(module).items() if name not in _NOT_SETTINGS}
-            plain = [name for name, value in own.items() if _is_plain(value)]
+            plain = [name for name, value in own.items() if _is_plain(value) and name.isidentifier()]
             self._getters.append(attrgetter("training", *_names_of(type(module)), *plain))
             others = (name for name, value in own.items() if type(value) not in _PASSED_OVER)
             self._holders += [(number, name) for name in others if name not in plain]
@@ -62,15 +66,16 @@ class ModuleSettings:
             return False
 
     def _of_held(self, modules: Sequence[nn.Module]) -> list[Any]:
-        """Return the objects that the modules hold, by id, and the plain values in them."""
+        """Return which functions and what kinds of objects the modules hold, and the plain values in these."""
         held = [vars(modules[number]).get(name) for number, name in self._holders]
         once = {id(value): value for value in held}  # many modules hold the same config
-        return [[*map(id, held)], *map(_plain_in, once.values())]
+        kinds = [id(value) if isinstance(value, _FUNCTIONS) else type(value) for value in held]
+        return [kinds, *map(_plain_in, once.values())]
 
 
 def _children_of(modules: Iterable[nn.Module]) -> list[int]:
     """Return the ids of the modules directly in each of some modules."""
-    return [*map(id, chain.from_iterable(map(dict.values, map(_modules_of, modules))))]
+    return [*map(id, chain.from_iterable(map(_values_of, map(_modules_of, modules))))]
 
 
 def kinds_of(arguments: tuple[tuple, dict], total: int) -> tuple:
@@ -86,6 +91,8 @@ def kinds_of(arguments: tuple[tuple, dict], total: int) -> tuple:
 def _kind_of(value: Any, total: int) -> tuple:
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(["batch" if size == total else min(size, 2) for size in value.shape])
+    if is_cache(value):  # it may count its entries
+        return (type(value),)
     return type(value), value if _is_plain(value) else _plain_in(value)
 
 
@@ -104,5 +111,8 @@ def _plain_in(value: Any) -> tuple:
 
 def _names_of(kind: type) -> list[str]:
     """Return the names of the plain attributes of a class of modules, which its instances may override."""
-    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    return [name for cls in classes for name, value in vars(cls).items() if name[:2] != "__" and _is_plain(value)]
+    held: dict[str, Any] = {}
+    for cls in reversed(kind.__mro__):
+        if cls not in (nn.Module, object):
+            held.update(vars(cls))
+    return [name for name, value in held.items() if name[:2] != "__" and _is_plain(value)]

@@ -93,8 +93,11 @@ class Growth:
 
 def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
     """Call a copy of a component with batches larger than `total`; return what grows with them."""
-    if any(has_forward_of_its_own(module) and not wrapped_path(module) for module in component.modules()):
-        return Growth("a module of the model has had its `forward` replaced, so that no copy of it can be tried")
+    for module in component.modules():
+        if has_forward_of_its_own(module) and not wrapped_path(module):
+            return Growth(
+                f"a {type(module).__name__} has a `forward` of its own, which no copy of the model would have"
+            )
     state = TorchState.capture().bare()
     is_small = sum(parameter.numel() for parameter in component.parameters()) < _SMALL
     ways, why = [_as_it_is, _with_empty_caches, _without_caches] if has_cache(call) else [_as_it_is], ""

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from diffsight import Model
+from diffsight.engine import batch_dimensions
 from diffsight.errors import InputError
 from diffsight.extending import flow_of
 
@@ -161,7 +162,10 @@ def test_a_table_as_long_as_the_batch_is_no_batch(build):
 
 @pytest.mark.parametrize(
     "build, why",
-    [(lambda: WithTable(2), "fails with a larger batch .*another batch"), (replaced, "`forward` replaced")],
+    [
+        (lambda: WithTable(2), "fails with a larger batch .*another batch"),
+        (replaced, "a Linear has a `forward` of its own"),
+    ],
 )
 def test_where_no_larger_batch_can_be_tried_no_row_is_cut(build, why):
     for path in ("table", "last"):
@@ -179,8 +183,6 @@ def test_rows_of_a_model_on_which_accelerate_has_put_hooks():
 
 
 def test_what_is_found_is_kept_for_calls_of_the_same_kind(monkeypatch):
-    from diffsight.engine import batch_dimensions
-
     tried, really = [], batch_dimensions.try_larger_batches
     monkeypatch.setattr(batch_dimensions, "try_larger_batches", lambda *args: tried.append(1) or really(*args))
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=30)).eval()
@@ -202,6 +204,18 @@ def test_caches_that_the_call_has_begun_to_fill(options):
         for _ in run.steps:
             whole = run.transformer.h[1].output
             assert torch.equal(run.rows[1].transformer.h[1].output[0], whole[0][1:])
+
+
+@pytest.mark.parametrize("change", [lambda net: None, lambda net: setattr(net, "seen", [])])
+def test_settings_that_are_made_anew_in_each_call(monkeypatch, change):
+    tried, really = [], batch_dimensions.try_larger_batches
+    monkeypatch.setattr(batch_dimensions, "try_larger_batches", lambda *args: tried.append(1) or really(*args))
+    net = Flips()
+    for _ in range(3):
+        change(net)
+        net.state = object()
+        assert row_of(net, torch.randn(2, 2, 4))[0] is not None
+    assert len(tried) == 1
 
 
 def test_neither_a_run_nor_a_model_is_kept_alive():
