@@ -3,16 +3,17 @@
 The model continues with the return value of the last of these hooks, so this is the module's output. Hooks that only
 look at the output, such as the hooks with which transformers captures hidden states, see the run's edits. Whether a
 hook only looks must be known before it is called, and is determined from its bytecode: it returns nothing and changes
-nothing of the output in place. What the functions that it calls do is not known; `calls_functions` finds such hooks.
+nothing of the output in place. What the functions that it calls do is not known; `is_unsure` finds such hooks.
 """
 
 import dis
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -25,6 +26,7 @@ _RETURN_NOTHING = {  # methods of Python's containers that return None
     set: {"add", "update", "clear"},
     dict: {"update", "clear", "__setitem__"},
 }
+_passing_on: WeakKeyDictionary[FunctionType, bool] = WeakKeyDictionary()  # what `_may_pass_on` has found
 _NO_STEPS = {"RESUME", "COPY_FREE_VARS", "CACHE", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG"}
 
 
@@ -45,12 +47,12 @@ def output_hooks(module: nn.Module) -> list[int]:
 
 
 def is_unsure(module: nn.Module, before: list[int]) -> bool:
-    """Return whether a hook, other than those with the ids `before`, calls functions in Python. These might change the
-    output in place."""
+    """Return whether a hook, other than those with the ids `before`, calls functions that might change the output in
+    place."""
     hooks = [hook for number, hook in module._forward_hooks.items() if number not in before]
     if not before:
         hooks += torch_module._global_forward_hooks.values()
-    return any(map(_calls_functions, hooks))
+    return any(map(_may_pass_on, hooks))
 
 
 def only_looks(hook: Callable) -> bool:
@@ -67,13 +69,35 @@ def only_looks(hook: Callable) -> bool:
     return not any(_may_be_output(name, function) for name in changed - others - given)
 
 
-def _calls_functions(hook: Callable) -> bool:
+def _may_pass_on(hook: Callable) -> bool:
+    """Whether a hook may call a function that is written in Python, and is not known to change nothing in place."""
     function, _, _, owner = _function_of(hook)
     if function is None:
         return False
-    names = {*function.__code__.co_names, *function.__code__.co_freevars}
-    values = (value for name in names for value in (_value_of(name, function), getattr(type(owner), name, None)))
-    return any(isinstance(value, FunctionType | MethodType | functools.partial) for value in values)
+    if owner is not None:
+        return any(map(_may_change, _called_by(function, owner)))
+    if function not in _passing_on:
+        _passing_on[function] = any(map(_may_change, _called_by(function)))
+    return _passing_on[function]
+
+
+def _may_change(function: FunctionType) -> bool:
+    changed = changed_in_place(function.__code__)
+    return any(_may_be_output(name, function) for name in changed) or next(_called_by(function), None) is not None
+
+
+def _called_by(function: FunctionType, owner: Any = None) -> Iterator[FunctionType]:
+    """Return the functions in Python that a function uses by name; of methods, only those of `owner`."""
+    values = [function.__globals__.get(name) for name in function.__code__.co_names]
+    values += [_value_of(name, function) for name in function.__code__.co_freevars]
+    if owner is not None:
+        values += [getattr(type(owner), name, None) for name in function.__code__.co_names]
+    for value in values:
+        while isinstance(value, functools.partial):
+            value = value.func
+        value = value.__func__ if isinstance(value, MethodType) else value
+        if isinstance(value, FunctionType):
+            yield value
 
 
 def _function_of(hook: Callable) -> tuple[FunctionType | None, int, frozenset[str], Any]:
