@@ -10,7 +10,7 @@ batch, even if it has the same size, raises an error: see `engine.batch_dimensio
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,21 @@ class View:
 
     def __getitem__(self, key: Any) -> Any:
         return root_of(self._run, self._part)[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(root_of(self._run, self._part))
+
+    def __reversed__(self) -> Iterator[Any]:
+        return reversed(root_of(self._run, self._part))
+
+    def __contains__(self, item: Any) -> bool:
+        return item in root_of(self._run, self._part)
+
+    def __len__(self) -> int:
+        return len(root_of(self._run, self._part))
+
+    def __bool__(self) -> bool:
+        return True
 
     def __dir__(self) -> list[str]:
         tree = tree_of(self._run)

@@ -102,6 +102,17 @@ def test_lists_and_dictionaries_of_parameters(net):
         assert [*run.shifts] == ["a"] and "a" in run.shifts and run.shifts["a"] is net.shifts["a"]
 
 
+def test_a_row_can_be_iterated_over():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    with torch.no_grad(), Model(net).trace([X[:1], X[1:]]) as run:
+        row = run.rows[1]
+        assert [*row] == [row[0], row[1]] == [*reversed(row)][::-1] and len(row) == 2
+        assert row[0] in row and run[1] in row and row[0] != run[0]
+        for module in row:
+            module.output = ZERO[:1]
+    assert torch.equal(run.result, torch.cat([net(X[:1]), ZERO[:1]]))
+
+
 def test_apply_is_refused(net):
     model = Model(net)
     with model.trace(X) as run:
