@@ -6,7 +6,8 @@
 
 A row has the model's envoys, narrowed to its part: reading returns views of the batch, and assigning changes only the
 row's own entries. Tuples and output objects are narrowed element by element. A tensor whose first dimension is not the
-batch, even if it has the same size, raises an error: see `engine.batch_dimensions`.
+batch, even if it has the same size, or is not known to be, raises an error: see `engine.batch_dimensions`. So does a
+value that holds tensors in another kind of container, such as a dataclass.
 """
 
 import inspect
