@@ -280,14 +280,8 @@ def _drop_copied_hook(held: dict[str, Any]) -> None:
     if getattr(deepcopy, "__func__", None) is _deepcopy_without_hook:
         del held[_DEEPCOPY]
     for name in (FORWARD, COMPILED):
-        put = held.get(name)
-        replaces = isinstance(put, functools.partial)  # a value that was there before, see `_of_its_own`
-        module = next(iter(put.args), None) if replaces else getattr(put, "__self__", None)
-        function = getattr(put, "func" if replaces else "__func__", None)
-        if module is reduce.__self__ and getattr(function, "__code__", None) is _CODE:
-            del held[name]
-            if replaces:
-                held[name] = put.__wrapped__
+        if _module_of(held.get(name)) is reduce.__self__:
+            _put_back(held, name)
 
 
 def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
@@ -327,18 +321,27 @@ def _take_back(module: nn.Module) -> None:
     """Remove an earlier hook that somebody has put back as the forward pass of a module, as `mock.patch` does at the
     end of its block."""
     held = module.__dict__
-    while FORWARD in held:
-        hook = held[FORWARD]
-        if type(hook) is MethodType and hook.__self__ is module and _is_hook(hook.__func__):
-            del held[FORWARD]
-        elif type(hook) is functools.partial and hook.args[:1] == (module,) and _is_hook(hook.func):
-            held[FORWARD] = hook.__wrapped__
-        else:
-            return
+    while _module_of(held.get(FORWARD)) is module:
+        _put_back(held, FORWARD)
 
 
-def _is_hook(function: Any) -> bool:
-    return type(function) is FunctionType and function.__code__ is _CODE
+def _put_back(held: dict[str, Any], name: str) -> None:
+    """Put what a hook replaced in its place, see `_of_its_own`."""
+    hook = held[name]
+    if type(hook) is MethodType:
+        del held[name]
+    else:
+        held[name] = hook.__wrapped__
+
+
+def _module_of(hook: Any) -> nn.Module | None:
+    """Return the module whose calls go through a hook of a run; None for any other value."""
+    module = function = None
+    if type(hook) is MethodType:
+        module, function = hook.__self__, hook.__func__
+    elif type(hook) is functools.partial and hook.args:
+        module, function = hook.args[0], hook.func
+    return module if type(function) is FunctionType and function.__code__ is _CODE else None
 
 
 def _through(original: Callable, of_class: Callable | None = None) -> Callable:

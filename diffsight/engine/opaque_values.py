@@ -26,9 +26,8 @@ def holds_tensors(value: Any) -> bool:
     seen, parts = set(), [value]
     while parts:
         part = parts.pop()
-        if (
-            isinstance(part, torch.Tensor) or _is_array(part) or hasattr(type(part), "__next__")
-        ):  # of what, cannot be told
+        is_iterator = hasattr(type(part), "__next__")  # looking at what it yields would use it up
+        if isinstance(part, torch.Tensor) or _is_array(part) or is_iterator:
             return True
         if isinstance(part, _NOT_LOOKED_INTO) or id(part) in seen:
             continue

@@ -217,8 +217,7 @@ class Tap:
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
                 return None
-            hook.remove()
-            self.hooks = tuple(other for other in self.hooks if other is not hook)
+            self._remove_hook(hook)
             output = self.leave(output, given, has_hooks=False)
             if watch is not None:
                 watch(output)
@@ -229,6 +228,10 @@ class Tap:
         for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
             owner._forward_hooks.move_to_end(number)
         return True
+
+    def _remove_hook(self, hook: Any) -> None:
+        hook.remove()
+        self.hooks = tuple(other for other in self.hooks if other is not hook)
 
     def _watch_hooks(self, key: PointKey, before: list[int]) -> Callable[[Any], None] | None:
         """Refuse a point that is read or assigned if a hook that runs after it changes the output in place. Return the
@@ -241,8 +244,7 @@ class Tap:
         def last(module: nn.Module, args: tuple, output: Any) -> None:
             if module is not owner or current_owner() is not self.host:
                 return
-            hook.remove()
-            self.hooks = tuple(other for other in self.hooks if other is not hook)
+            self._remove_hook(hook)
             if watched and watched[0] is output and watched[1] != _versions_in(output):
                 self._refuse(
                     key,
