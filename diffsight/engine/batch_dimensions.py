@@ -39,6 +39,7 @@ class Running(Protocol):
     coroutine: Coroutine | None
     parked: Any  # where the model stands, see `diffsight.engine.points.Point`; None on its way
     taps: dict[tuple[int, str], CountedCalls]
+    layouts: "Layouts | None"
 
 
 class Found(NamedTuple):
@@ -52,16 +53,14 @@ class Found(NamedTuple):
 _UNKNOWN = Found(None, _NOTHING.why_unknown)
 
 
-class _OfRun:
-    """What has been found in one run. It does not keep the run alive."""
+class Layouts:
+    """What has been found in one run."""
 
     def __init__(self) -> None:
         self.growth: dict[tuple, dict[int, Growth]] = {}  # by component and size of the batch, and number of the call
-        # By value: its component, the numbers of the calls of it that the value may be of, and what was found.
-        self.last: dict[tuple, tuple[tuple[int, str], range, Found]] = {}
+        self.last: dict[tuple, tuple[int, Found]] = {}  # by value: the call that it was last found for, and what
 
 
-_of_runs: WeakKeyDictionary[Running, _OfRun] = WeakKeyDictionary()
 # By component: the settings that it was called with, and what was found, by the kinds of arguments.
 _kept: WeakKeyDictionary[nn.Module, list[tuple[ModuleSettings, dict[tuple, Growth]]]] = WeakKeyDictionary()
 
@@ -80,15 +79,14 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
     leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
     if target.outer is None and part != "output":  # the inputs of a component define the batch
         return Found([_length(leaf) == total for leaf in leaves])
-    of_run = _of_runs.get(host)
-    if of_run is None:
-        of_run = _of_runs[host] = _OfRun()
+    if host.layouts is None:
+        host.layouts = Layouts()
     key = (target.key, part, len(leaves), total)
-    known = of_run.last.get(key)
-    if known is not None and known[1] == _calls_around(tap, index, host.taps[known[0]]):
-        return known[2]
+    known = host.layouts.last.get(key)
+    if known is not None and known[0] == index:
+        return known[1]
     component = target.around()[0] if target.outer else target
-    calls, growths = host.taps[component.key], of_run.growth.setdefault((component.key, total), {})
+    calls, growths = host.taps[component.key], host.layouts.growth.setdefault((component.key, total), {})
     numbers, latest = _calls_around(tap, index, calls), calls.entered - 1
     if latest in numbers and latest not in growths:
         growths[latest] = _growth(host, component.owner, total)
@@ -96,7 +94,7 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
             del growths[number]
     founds = [_found(growths.get(number, _NOTHING), target, part, leaves) for number in numbers] or [_UNKNOWN]
     found = founds[0] if founds.count(founds[0]) == len(founds) else _UNKNOWN
-    of_run.last[key] = component.key, numbers, found
+    host.layouts.last[key] = index, found
     return found
 
 

@@ -9,8 +9,8 @@ Two calls with equal settings and kinds are taken to have their batch in the sam
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
-from operator import attrgetter, call, methodcaller
+from itertools import chain, compress, count, repeat
+from operator import attrgetter, call, contains, itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 from weakref import ref
@@ -19,20 +19,20 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from diffsight.engine.hooks import FORWARD, NAMES_OF_HOOKS, has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
 
 _PLAIN = frozenset({bool, int, str, NoneType, torch.dtype, torch.device})  # no floats: they are sizes of something
 _PASSED_OVER = frozenset({float, MethodType, torch.Tensor, nn.Parameter})
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, partial, type)
-_NOT_SETTINGS = frozenset({*vars(nn.Module()), "forward", "__getstate__"})  # what every module and every hook has
-_modules_of, _values_of = attrgetter("_modules"), methodcaller("values")
+_NOT_SETTINGS = frozenset({*vars(nn.Module()), *NAMES_OF_HOOKS})
+_modules_of, _dict_of = attrgetter("_modules"), attrgetter("__dict__")
 
 
 class ModuleSettings:
-    """The modules in a component, their training flags and their plain attributes, as they are now.
+    """The modules in a component, their classes, training flags, methods and plain attributes, as they are now.
 
-    The plain values in an object or container that a module holds, such as a config, count as well. Attributes that are
-    added later count if the class has one of that name.
+    The plain values in an object or container that a module holds, such as a config, count as well.
 
     Args:
         component: The component. It is not kept alive.
@@ -42,40 +42,69 @@ class ModuleSettings:
         modules = [*component.modules()]
         self._modules = [*map(ref, modules)]
         self._children = _children_of(modules)
-        self._getters: list[Callable[[nn.Module], Any]] = []
+        self._kinds = [*map(type, modules)]
+        self._classes = {cls: dict(vars(cls)) for kind in set(self._kinds) for cls in kind.__mro__[:-1]}
+        self._getters: list[Callable[[dict], Any]] = []
         self._holders: list[tuple[int, str]] = []  # the number of a module, and the name of an object that it holds
         for number, module in enumerate(modules):
             own = {name: value for name, value in vars(module).items() if name not in _NOT_SETTINGS}
-            plain = [name for name, value in own.items() if _is_plain(value) and name.isidentifier()]
-            self._getters.append(attrgetter("training", *_names_of(type(module)), *plain))
+            plain = [name for name, value in own.items() if _is_plain(value)]
+            self._getters.append(itemgetter("training", *plain))
             others = (name for name, value in own.items() if type(value) not in _PASSED_OVER)
             self._holders += [(number, name) for name in others if name not in plain]
-        self._values = [*map(call, self._getters, modules)]
-        self._held = self._of_held(modules)
+        dicts = [*map(vars, modules)]
+        self._sizes = [*map(len, dicts)]
+        self._names = [_names_in(held) for held in dicts]
+        self._own_forwards = _own_forwards(modules, dicts)
+        self._values = [*map(call, self._getters, dicts)]
+        self._held = self._of_held(dicts)
 
     def are_current(self) -> bool:
         """Whether the component still has the same modules, with the same settings."""
         modules = [*map(call, self._modules)]
         try:
+            dicts = [*map(_dict_of, modules)]
             return (
                 _children_of(modules) == self._children
-                and [*map(call, self._getters, modules)] == self._values
-                and self._of_held(modules) == self._held
+                and [*map(type, modules)] == self._kinds
+                and all(vars(cls) == held for cls, held in self._classes.items())
+                and self._have_same_names(dicts)
+                and _own_forwards(modules, dicts) == self._own_forwards
+                and [*map(call, self._getters, dicts)] == self._values
+                and self._of_held(dicts) == self._held
             )
         except Exception:  # a module or an attribute is gone, or has become something that cannot be compared
             return False
 
-    def _of_held(self, modules: Sequence[nn.Module]) -> list[Any]:
+    def _have_same_names(self, dicts: Sequence[dict]) -> bool:
+        """Whether the modules have the same attributes, apart from the hooks of runs."""
+        sizes = [*map(len, dicts)]
+        if sizes == self._sizes:
+            return True
+        unlike = (number for number, size in enumerate(sizes) if size != self._sizes[number])
+        return all(_names_in(dicts[number]) == self._names[number] for number in unlike)
+
+    def _of_held(self, dicts: Sequence[dict]) -> list[Any]:
         """Return which functions and what kinds of objects the modules hold, and the plain values in these."""
-        held = [vars(modules[number]).get(name) for number, name in self._holders]
+        held = [dicts[number].get(name) for number, name in self._holders]
         once = {id(value): value for value in held}  # many modules hold the same config
-        kinds = [id(value) if isinstance(value, _FUNCTIONS) else type(value) for value in held]
+        kinds = [ref(value) if issubclass(type(value), _FUNCTIONS) else type(value) for value in held]
         return [kinds, *map(_plain_in, once.values())]
+
+
+def _names_in(held: dict) -> frozenset[str]:
+    return frozenset(held) - NAMES_OF_HOOKS
+
+
+def _own_forwards(modules: Sequence[nn.Module], dicts: Sequence[dict]) -> list[int]:
+    """Return which of some modules have a forward pass of their own, as numbers."""
+    changed = compress(count(), map(contains, dicts, repeat(FORWARD)))  # or have the hook of a run in its place
+    return [number for number in changed if has_forward_of_its_own(modules[number])]
 
 
 def _children_of(modules: Iterable[nn.Module]) -> list[int]:
     """Return the ids of the modules directly in each of some modules."""
-    return [*map(id, chain.from_iterable(map(_values_of, map(_modules_of, modules))))]
+    return [*map(id, chain.from_iterable(map(dict.values, map(_modules_of, modules))))]
 
 
 def kinds_of(arguments: tuple[tuple, dict], total: int) -> tuple:
@@ -106,13 +135,4 @@ def _plain_in(value: Any) -> tuple:
     inside: Iterable[Any] = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
     if isinstance(value, dict):
         inside = value.values()
-    return tuple([one for one in inside if _is_plain(one)])
-
-
-def _names_of(kind: type) -> list[str]:
-    """Return the names of the plain attributes of a class of modules, which its instances may override."""
-    held: dict[str, Any] = {}
-    for cls in reversed(kind.__mro__):
-        if cls not in (nn.Module, object):
-            held.update(vars(cls))
-    return [name for name, value in held.items() if name[:2] != "__" and _is_plain(value)]
+    return tuple([one for one in inside if type(one) in _PLAIN or _is_plain(one)])

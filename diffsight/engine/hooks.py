@@ -35,6 +35,7 @@ from diffsight.engine.threads import calls_in_threads, note_call_in_thread, runs
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: the function that its calls go to
 _REDUCE, _DEEPCOPY = "__reduce_ex__", "__deepcopy__"  # they make copies of an object; looked up on the instance too
+NAMES_OF_HOOKS = frozenset({FORWARD, COMPILED, _REDUCE, _DEEPCOPY})  # what a run may put on a module
 _OWNER = "_diffsight_owner"  # on a tapped object and its copies: the object to whose taps calls go
 
 _lock = RLock()

@@ -14,6 +14,7 @@ from types import CodeType
 from typing import Any, Protocol
 
 from diffsight.engine import order
+from diffsight.engine.batch_dimensions import Layouts
 from diffsight.engine.coroutine import Coroutine
 from diffsight.engine.late_edits import LateEdits
 from diffsight.engine.model_tree import Tree
@@ -67,6 +68,7 @@ class RunEnd:
         self.result: Any = None
         self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
         self._late_edits = LateEdits()
+        self.layouts: Layouts | None = None  # which values have the batch as their first dimension, once that was asked
         self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was

@@ -64,6 +64,49 @@ def test_a_layout_that_a_setting_changes_is_found_again(flip):
     assert torch.equal(row_of(net.train(), x)[0], x[1:])
 
 
+class Mixes(nn.Module):
+    """Puts what a method of its part returns through its last part."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.last = Flips(), nn.Identity()
+
+    def forward(self, x):
+        return self.last(self.mix(self.part(x)))
+
+    def mix(self, x):
+        return x
+
+
+def turned(x):
+    return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net, patch: patch.setattr(Mixes, "mix", lambda self, x: turned(x)),
+        lambda net, patch: setattr(net, "mix", turned),
+        lambda net, patch: patch.setattr(Flips, "forward", lambda self, x: turned(x)),
+        lambda net, patch: setattr(net.part, "forward", turned),
+    ],
+)
+def test_a_layout_that_other_code_changes_is_found_again(change, monkeypatch):
+    net, x = Mixes(), torch.randn(2, 2, 4)
+    assert torch.equal(row_of(net, x, "last")[0], x[1:])
+    change(net, monkeypatch)
+    row, whole = row_of(net, x, "last")
+    assert row is None and torch.equal(whole, turned(x))
+
+
+def test_functions_that_a_module_holds_in_turn():
+    """A new function may be at the address of one that is gone."""
+    net, x = Mixes(), torch.randn(2, 2, 4)
+    for turn in range(6):
+        net.mix = (lambda x: turned(x)) if turn % 2 else (lambda x: x)
+        assert (row_of(net, x, "last")[0] is None) == bool(turn % 2)
+
+
 def test_a_layout_that_an_argument_changes_is_found_again():
     net, x = Flips(), torch.randn(2, 2, 4)
     assert torch.equal(row_of(net, x)[0], x[1:])
