@@ -99,9 +99,8 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
                 f"a {type(module).__name__} has a `forward` of its own, which no copy of the model would have"
             )
     state = TorchState.capture().bare()
-    is_small = sum(parameter.numel() for parameter in component.parameters()) < _SMALL
     ways, why = [_as_it_is, _with_empty_caches, _without_caches] if has_cache(call) else [_as_it_is], ""
-    for with_weights in (True, False) if is_small else (False, True):
+    for with_weights in (True, False) if _is_small(component) else (False, True):
         for change in ways:
             growth = Growth()
             try:
@@ -118,6 +117,10 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
             growth.doubt_time()
             return growth
     return Growth(why)
+
+
+def _is_small(component: nn.Module) -> bool:
+    return sum(parameter.numel() for parameter in component.parameters()) < _SMALL
 
 
 def _in_a_line(error: Exception) -> str:
@@ -166,7 +169,7 @@ def _call(
 ) -> dict[nn.Module, dict[str, list[Shapes]]]:
     """Call a copy of a component with a batch of `total + more`, and with `change` of the copied arguments; return the
     shapes of the values that passed its modules."""
-    copied = structural_copy(component, with_weights)
+    copied = structural_copy(component, with_weights, owns_weights=_is_small(component))
     seen: dict[nn.Module, dict[str, list[Shapes]]] = {}
     for module, original in zip(copied.modules(), component.modules(), strict=True):
         module.register_forward_hook(partial(_see, seen.setdefault(original, {})), with_kwargs=True)

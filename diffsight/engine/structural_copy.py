@@ -2,9 +2,10 @@
 
     empty = structural_copy(model)                      # its weights are on the meta device
     same = structural_copy(model, with_weights=True)    # its weights are those of the model
+    own = structural_copy(model, with_weights=True, owns_weights=True)  # its weights are copies of them
 
-Running the copy leaves the model unchanged, even if the model has a layer in two places, sharded or quantized weights,
-or hooks and replaced forward methods of the user.
+Running the copy leaves the model unchanged (unless it trains weights that it shares), even if the model has a layer in
+two places, sharded or quantized weights, or hooks and replaced forward methods of the user.
 """
 
 import copy
@@ -25,22 +26,27 @@ from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
 _CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook", "__reduce_ex__", "__deepcopy__")
 
 
-def structural_copy(model: nn.Module, with_weights: bool = False) -> nn.Module:
+def structural_copy(model: nn.Module, with_weights: bool = False, owns_weights: bool = False) -> nn.Module:
     """Return a copy of a model's structure.
 
     Args:
         model: The model.
         with_weights: Whether the copy shares the parameters of the model and has copies of its buffers. Otherwise both
             are on the meta device.
+        owns_weights: Whether a copy with weights has copies of the parameters as well, so that it may train them. It
+            still shares those of special types, such as sharded or quantized ones.
     """
     memo: dict[int, Any] = {}  # as for `copy.deepcopy`: id of an original to its copy
     modules = list(model.modules())
     for module in modules:
         memo[id(module)] = object.__new__(_plain_class(module))
         for tensor in (*module._parameters.values(), *module._buffers.values(), *_tensors_in(vars(module))):
-            memo.setdefault(id(tensor), _copied(tensor, with_weights))
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _copied(tensor, with_weights, owns_weights)
     for module in modules:
         _fill(memo[id(module)], module, memo)
+        if owns_weights and isinstance(module, nn.RNNBase):
+            memo[id(module)].flatten_parameters()  # or else cuDNN warns that they are not next to each other
     return memo[id(model)]
 
 
@@ -85,13 +91,22 @@ def _plain_class(module: nn.Module) -> type:
     return nn.Module if wrapped_path(module) else type(module)
 
 
-def _copied(tensor: torch.Tensor | None, with_weights: bool) -> torch.Tensor | None:
+def _copied(tensor: torch.Tensor | None, with_weights: bool, owns_weights: bool) -> torch.Tensor | None:
     if tensor is None:
         return None
+    if with_weights and isinstance(tensor, nn.Parameter):
+        return _copied_parameter(tensor) if owns_weights and type(tensor) is nn.Parameter else tensor
     if with_weights:
-        return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        return tensor.detach().clone()
     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _copied_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    with torch.inference_mode(False):  # a copy made in inference mode could not be trained
+        copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    vars(copied).update(vars(parameter))
+    return copied
 
 
 def _tensors_in(held: dict[str, Any]) -> list[torch.Tensor]:

@@ -272,3 +272,61 @@ def test_neither_a_run_nor_a_model_is_kept_alive():
     del run, net
     gc.collect()
     assert [one() for one in kept] == [None, None]
+
+
+class CodeBook(nn.Module):
+    """Its codes are moving averages, as those of VQ-VAE."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.codes = nn.Linear(4, 4), nn.Embedding(3, 4)
+
+    def forward(self, x):
+        x = self.part(x)
+        with torch.no_grad():
+            self.codes.weight.mul_(0.9).add_(0.1 * x.mean(0))
+        return self.codes(torch.cdist(x, self.codes.weight).argmin(1))
+
+
+class Followed(nn.Module):
+    """Its second layer, a part of which is tied, follows the first one."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.third.weight = self.second.weight
+
+    def forward(self, x):
+        for own, other in zip(self.second.parameters(), self.part.parameters()):
+            own.data = own.data * 0.9 + other.data * 0.1
+        assert self.third.weight is self.second.weight
+        return self.third(self.part(x))
+
+
+class Adapts(nn.Module):
+    """It takes a step of training in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Linear(4, 4)
+        self.part.bias.requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.part.parameters(), 0.1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            self.part(x).pow(2).sum().backward()
+        self.optimizer.step()
+        return self.part(x)
+
+
+@pytest.mark.parametrize("kind", [CodeBook, Followed, Adapts])
+def test_a_model_that_trains_in_its_forward_pass(kind):
+    bare, x = kind(), torch.randn(2, 4)
+    net = kind()
+    net.load_state_dict(bare.state_dict())
+    bare(x)
+    with Model(net).trace(x) as run:
+        assert len(run.rows[1].part.output) == 1
+    for own, other in zip(net.parameters(), bare.parameters()):
+        assert torch.allclose(own, other) and (own.grad is None) == (other.grad is None)
+        assert own.grad is None or torch.allclose(own.grad, other.grad)
