@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.hooks import has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
+from diffsight.engine.random_generators import generators_of, kept_generators
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
-from diffsight.engine.torch_state import TorchState, call_in, kept_random_state
+from diffsight.engine.torch_state import TorchState, call_in
 from diffsight.engine.wrapped_modules import wrapped_path
 
 Shapes = list[tuple[int, ...] | None]  # of everything in a value; None for anything but a tensor
@@ -98,13 +99,13 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
             return Growth(
                 f"a {type(module).__name__} has a `forward` of its own, which no copy of the model would have"
             )
-    state = TorchState.capture().bare()
+    state, generators = TorchState.capture().bare(), generators_of(component.modules())
     ways, why = [_as_it_is, _with_empty_caches, _without_caches] if has_cache(call) else [_as_it_is], ""
     for with_weights in (True, False) if _is_small(component) else (False, True):
         for change in ways:
             growth = Growth()
             try:
-                with kept_random_state():
+                with kept_generators(generators):
                     shapes = [
                         call_in(state, None, partial(_call, component, call, total, more, with_weights, change, growth))
                         for more in (1, 2)

@@ -9,7 +9,8 @@ its fake tensors are replaced with zeros. What runs between components, such as 
 post-processing, therefore computes for real, on zeros.
 
 Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. Changes that
-the model makes to its own attributes meanwhile are undone at the end.
+the model makes to its own attributes meanwhile are undone at the end, and the random numbers that it draws do not
+advance any generator.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from diffsight.engine.random_generators import generators_of, kept_generators
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.scan_errors import modules_with_paths
 from diffsight.engine.scan_mode import ScanMode
@@ -72,6 +74,7 @@ class ScanFlow(Flow):
         self.function = partial(_call_in_mode, self._mode, self.function, is_pipeline)
         self._components = components
         self._states: list[ModuleState] = []
+        self._generators: list[Any] = []
         self._eager: EagerStance | None = None
 
     def _load(self) -> None:
@@ -82,6 +85,7 @@ class ScanFlow(Flow):
             return
         self._mode.note_weights(self._modules)
         self._states = [ModuleState(module) for module in self._modules]
+        self._generators = generators_of(self._modules)
         if any(_is_compiled(module) for module in self._modules):
             self._eager = EagerStance()
         super()._start()
@@ -92,7 +96,8 @@ class ScanFlow(Flow):
 
     def _resume(self, *args: Any) -> Any:
         self._start()  # a scan is tapped even if nothing was asked for
-        return super()._resume(*args)
+        with kept_generators(self._generators):  # the random numbers of the body stay as they are
+            return super()._resume(*args)
 
     def enter_body(self) -> None:
         self._mode.__enter__()

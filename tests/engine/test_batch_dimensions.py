@@ -2,8 +2,10 @@
 
 import functools
 import gc
+import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -330,3 +332,31 @@ def test_a_model_that_trains_in_its_forward_pass(kind):
     for own, other in zip(net.parameters(), bare.parameters()):
         assert torch.allclose(own, other) and (own.grad is None) == (other.grad is None)
         assert own.grad is None or torch.allclose(own.grad, other.grad)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers from every generator that it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.own, self.of_numpy = nn.Linear(4, 4), torch.Generator(), np.random.default_rng(0)
+        self.others, self.named = [np.random.RandomState(0)], {"python": random.Random(0)}
+
+    def forward(self, x):
+        x = self.part(x)
+        own = torch.rand(1, generator=self.own) + self.of_numpy.random() + self.others[0].rand()
+        shared = torch.rand(1) + random.random() + np.random.rand()
+        return x + own + shared + self.named["python"].random()
+
+
+def test_reading_a_row_draws_no_random_numbers():
+    x, results = torch.randn(2, 4), []
+    for reads in (False, True):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        net = Noisy()
+        net.load_state_dict({"part.weight": torch.eye(4), "part.bias": torch.zeros(4)})
+        with torch.no_grad(), Model(net).trace(x) as run:
+            if reads:
+                assert len(run.rows[1].part.output) == 1
+        results.append(run.result)
+    assert torch.equal(*results)

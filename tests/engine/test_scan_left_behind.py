@@ -1,9 +1,11 @@
 """A scan leaves the model as it was, however it ends."""
 
 import gc
+import random
 import weakref
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,36 @@ def test_what_a_model_keeps_is_what_it_kept_before(x):
     fresh = Keeping()
     fresh(x)
     assert torch.equal(net(x), fresh(x))
+
+
+class Noisy(nn.Module):
+    """Draws random numbers from every generator that it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.own, self.of_numpy = nn.Identity(), torch.Generator(), np.random.default_rng(0)
+        self.others, self.named = [np.random.RandomState(0)], {"python": random.Random(0)}
+
+    def forward(self, x):
+        x = self.part(x)
+        own = torch.rand(1, generator=self.own) + self.of_numpy.random() + self.others[0].rand()
+        shared = torch.rand(1) + random.random() + np.random.rand()
+        return x + own + shared + self.named["python"].random()
+
+
+def test_no_random_numbers_are_drawn(x):
+    drawn = []
+    for scans in (False, True):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        net, of_body = Noisy(), []
+        if scans:
+            with Model(net).scan(x) as run:
+                of_body.append(np.random.rand())
+                assert run.part.output.shape == x.shape
+        else:
+            of_body.append(np.random.rand())
+        drawn.append((of_body, net(x)))
+    assert drawn[0][0] == drawn[1][0] and torch.equal(drawn[0][1], drawn[1][1])
 
 
 def test_casting_a_module_leaves_its_parameters_in_place(x):

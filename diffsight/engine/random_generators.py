@@ -1,0 +1,60 @@
+"""Keep every random generator that a model may use: those of PyTorch, Python and NumPy, and those that modules hold.
+
+generators = generators_of(model.modules())
+with kept_generators(generators):
+    model(x)                                # draws random numbers
+                                            # here all generators are as before
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsight.engine.torch_state import kept_random_state
+
+
+def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return the global generators of Python and NumPy, and those that modules hold as attributes or directly in lists
+    and dictionaries."""
+    numpy = sys.modules.get("numpy.random")
+    of_numpy = [numpy] if numpy else []
+    kinds = (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
+    found = {id(value): value for module in modules for value in _held_by(module) if isinstance(value, kinds)}
+    return [random, *of_numpy, *(one for one in found.values() if not isinstance(one, random.SystemRandom))]
+
+
+def _held_by(module: nn.Module) -> Iterator[Any]:
+    for value in vars(module).values():
+        if type(value) is dict:
+            yield from value.values()
+        elif type(value) in (list, tuple):
+            yield from value
+        else:
+            yield value
+
+
+@contextmanager
+def kept_generators(generators: Iterable[Any]) -> Iterator[None]:
+    """Restore some generators, and PyTorch's global ones, at the end of the block."""
+    with kept_random_state():
+        restored = [_restorer(generator) for generator in generators]
+        try:
+            yield
+        finally:
+            for restore in restored:
+                restore()
+
+
+def _restorer(generator: Any) -> Callable[[], Any]:
+    """Return a function that gives a generator the state that it has now."""
+    if hasattr(generator, "getstate"):  # one of Python
+        return partial(generator.setstate, generator.getstate())
+    if hasattr(generator, "get_state"):  # one of PyTorch, or an old one of NumPy
+        return partial(generator.set_state, generator.get_state())
+    return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
