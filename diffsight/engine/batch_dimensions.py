@@ -1,8 +1,9 @@
 """Which values have the batch as their first dimension, in a model that runs with a batch of several inputs.
 
 A first dimension of the same size may be something else, such as tokens, experts or frames. So the first time that a
-row is asked for, the running component is called with larger batches, see `larger_batches`. What is found is kept with
-the component, for calls that are like this one: of the same settings, with arguments of the same kinds.
+row is asked for, the component, the outermost module that is running, is called with larger batches, see
+`larger_batches`. What is found is kept with the component, for calls that are like this one: of the same settings, with
+arguments of the same kinds.
 """
 
 import sys
@@ -85,7 +86,7 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
     known = host.layouts.last.get(key)
     if known is not None and known[0] == index:
         return known[1]
-    component = target.around()[0] if target.outer else target
+    component = _component(host, target)
     calls, growths = host.taps[component.key], host.layouts.growth.setdefault((component.key, total), {})
     numbers, latest = _calls_around(tap, index, calls), calls.entered - 1
     if latest in numbers and latest not in growths:
@@ -96,6 +97,20 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
     found = founds[0] if founds.count(founds[0]) == len(founds) else _UNKNOWN
     host.layouts.last[key] = index, found
     return found
+
+
+def _component(host: Running, target: Target) -> Target:
+    """Return the outermost module around a target, or the target itself, that is being called; else the outermost one.
+
+    While an encoder-decoder model generates, its encoder is called beside the model's own forward pass."""
+    around = [*target.around(), target]
+    return next((module for module in around if _is_called(host, module)), around[0])
+
+
+def _is_called(host: Running, target: Target) -> bool:
+    """Whether a call of a target is in progress, or the model stands at its output."""
+    tap = host.taps.get(target.key)
+    return tap is not None and (bool(tap.active) or (host.parked is not None and host.parked.tap is tap))
 
 
 def _calls_around(tap: CountedCalls, index: int, calls: CountedCalls) -> range:

@@ -113,6 +113,8 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
             except Exception as error:  # of any kind: then the dimensions cannot be determined
                 why = why or f"the model fails with a larger batch ({type(error).__name__}: {_in_a_line(error)})"
                 continue
+            if growth.why_unknown:
+                return growth
             for module, seen in shapes[0].items():
                 growth.note(module, seen, shapes[1].get(module, {}), total)
             growth.doubt_time()
@@ -174,8 +176,10 @@ def _call(
     seen: dict[nn.Module, dict[str, list[Shapes]]] = {}
     for module, original in zip(copied.modules(), component.modules(), strict=True):
         module.register_forward_hook(partial(_see, seen.setdefault(original, {})), with_kwargs=True)
-    with _Larger(total, more, with_weights):
+    with _Larger(total, more, with_weights) as larger:
         args, kwargs = change(copy.deepcopy(call))
+    if not larger.has_grown:
+        growth.why_unknown = f"none of the tensors that the model is called with has {total} entries"
     with without_global_hooks(), _Values() as values:
         copied(*args, **kwargs)
     growth.is_of_values |= values.are_read
@@ -194,6 +198,8 @@ class _Larger(TorchFunctionMode):
 
     The last entry is repeated, then the first one: if shapes depend on the values, both have to count as one."""
 
+    has_grown = False
+
     def __init__(self, total: int, more: int, with_values: bool) -> None:
         super().__init__()
         self._total, self._more, self._has_values = total, more, with_values
@@ -203,6 +209,7 @@ class _Larger(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         tensor = args[0].detach()
         if tensor.shape[:1] == (self._total,):
+            self.has_grown = True
             tensor = torch.cat([tensor, tensor[-1:], tensor[:1]])[: self._total + self._more]
         return tensor.clone() if self._has_values else torch.empty_like(tensor, device="meta")
 

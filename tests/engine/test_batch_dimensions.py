@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from diffsight import Model
 from diffsight.engine import batch_dimensions
@@ -360,3 +367,26 @@ def test_reading_a_row_draws_no_random_numbers():
                 assert len(run.rows[1].part.output) == 1
         results.append(run.result)
     assert torch.equal(*results)
+
+
+def tiny_t5():
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+
+
+def test_rows_of_an_encoder_that_is_called_before_the_forward_pass():
+    ids = torch.randint(1, 50, (2, 6))
+    with torch.no_grad(), Model(tiny_t5()).generate(ids, max_new_tokens=3, min_new_tokens=3) as run:
+        whole = run.encoder.block[0].layer[0].output[0]
+        assert torch.equal(run.rows[1].encoder.block[0].layer[0].output[0], whole[1:])
+        assert torch.equal(run.rows[0].encoder.output[0], run.encoder.output[0][:1])
+        for _ in run.steps:
+            whole = run.decoder.block[1].output[0]
+            assert torch.equal(run.rows[1].decoder.block[1].output[0], whole[1:])
+
+
+def test_a_step_with_several_beams_for_each_row():
+    ids = torch.randint(1, 50, (2, 6))
+    refused = pytest.raises(InputError, match="none of the tensors that the model is called with has 2 entries")
+    with refused, torch.no_grad(), Model(tiny_t5()).generate(ids, max_new_tokens=3, num_beams=2) as run:
+        run.rows[1].decoder.block[0].output
