@@ -7,11 +7,11 @@
 Two calls with equal settings and kinds are taken to have their batch in the same dimensions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from itertools import chain, compress, count, repeat
 from operator import attrgetter, call, contains, itemgetter
-from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 from weakref import ref
 
@@ -24,6 +24,9 @@ from diffsight.engine.opaque_values import is_cache
 
 _PLAIN = frozenset({bool, int, str, NoneType, torch.dtype, torch.device})  # no floats: they are sizes of something
 _PASSED_OVER = frozenset({float, MethodType, torch.Tensor, nn.Parameter})
+_LEVELS = 3  # of objects and containers in which plain values are looked for
+_LARGE = 1000  # values in a container
+_NOT_LOOKED_INTO = (nn.Module, torch.Tensor, type, FunctionType, BuiltinFunctionType, partial, ModuleType)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, partial, type)
 _NOT_SETTINGS = frozenset({*vars(nn.Module()), *NAMES_OF_HOOKS})
 _modules_of, _dict_of = attrgetter("_modules"), attrgetter("__dict__")
@@ -32,7 +35,7 @@ _modules_of, _dict_of = attrgetter("_modules"), attrgetter("__dict__")
 class ModuleSettings:
     """The modules in a component, their classes, training flags, methods and plain attributes, as they are now.
 
-    The plain values in an object or container that a module holds, such as a config, count as well.
+    The plain values in an object or container that a module holds, such as a config, count as well, some levels deep.
 
     Args:
         component: The component. It is not kept alive.
@@ -87,9 +90,10 @@ class ModuleSettings:
     def _of_held(self, dicts: Sequence[dict]) -> list[Any]:
         """Return which functions and what kinds of objects the modules hold, and the plain values in these."""
         held = [dicts[number].get(name) for number, name in self._holders]
+        seen: set[int] = set()
         once = {id(value): value for value in held}  # many modules hold the same config
         kinds = [ref(value) if issubclass(type(value), _FUNCTIONS) else type(value) for value in held]
-        return [kinds, *map(_plain_in, once.values())]
+        return [kinds, *map(_plain_in, once.values(), repeat(seen))]
 
 
 def _names_in(held: dict) -> frozenset[str]:
@@ -130,9 +134,26 @@ def _is_plain(value: Any) -> bool:
     return kind in _PLAIN or (kind is tuple and all(type(one) in _PLAIN for one in value))
 
 
-def _plain_in(value: Any) -> tuple:
-    """Return the plain values that an object or container holds directly."""
-    inside: Iterable[Any] = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
+def _plain_in(value: Any, seen: set[int] | None = None, levels: int = _LEVELS) -> tuple:
+    """Return the plain values in an object or container, and in those that it holds, some levels deep.
+
+    What is in `seen`, by id, is left out; of a large container, such as a vocabulary, only the size counts."""
+    seen = set() if seen is None else seen
+    seen.add(id(value))
+    inside: Collection[Any] = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
     if isinstance(value, dict):
         inside = value.values()
-    return tuple([one for one in inside if type(one) in _PLAIN or _is_plain(one)])
+    if len(inside) > _LARGE:
+        return (len(inside),)
+    found: list[Any] = []
+    for one in inside:
+        kind = type(one)
+        if kind in _PLAIN or (kind is tuple and _is_plain(one)):
+            found.append(one)
+        elif levels > 1 and kind not in _PASSED_OVER and id(one) not in seen and _is_looked_into(one):
+            found.append(_plain_in(one, seen, levels - 1))
+    return tuple(found)
+
+
+def _is_looked_into(value: Any) -> bool:
+    return not (isinstance(value, _NOT_LOOKED_INTO) or is_cache(value))

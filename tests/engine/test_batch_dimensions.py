@@ -4,6 +4,7 @@ import functools
 import gc
 import random
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,12 +32,15 @@ class Flips(nn.Module):
         super().__init__()
         self.middle, self.is_flipped = nn.Identity(), False
         self.options, self.names = {"flip": False}, ["flip"]
+        self.config = SimpleNamespace(middle=SimpleNamespace(flip=False), layers=[{"flip": False}])
+        self.config.whole = self.config
 
     kind = "batch first"
 
     def forward(self, x, flip=False):
         by_attribute = self.is_flipped or self.options["flip"] or self.kind == "time first" or not self.names
-        if flip or by_attribute or not self.training or x.ndim == 4:
+        by_config = self.config.middle.flip or self.config.layers[0]["flip"]
+        if flip or by_attribute or by_config or not self.training or x.ndim == 4:
             return self.middle(x.transpose(0, 1)).transpose(0, 1)
         return self.middle(x)
 
@@ -59,6 +63,8 @@ def row_of(net, x, path="middle", **kwargs):
         lambda net: setattr(net, "kind", "time first"),
         lambda net: net.options.update(flip=True),
         lambda net: net.names.clear(),
+        lambda net: setattr(net.config.middle, "flip", True),
+        lambda net: net.config.layers[0].update(flip=True),
         lambda net: net.eval(),
         lambda net: setattr(net, "middle", nn.Identity()) or net.eval(),
     ],
