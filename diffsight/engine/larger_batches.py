@@ -4,7 +4,9 @@
     growth.of(unet.mid_block, "output", 1)          # [True]: the first dimension of its only tensor is the batch
 
 The component is called twice more, with batches that are larger by one and by two. These calls run on a copy of its
-structure, with tensors on the meta device, or with the real weights if the model is small or needs values.
+structure, with tensors on the meta device, or with the real weights if the model is small or needs values. With real
+values, the entries that were added also have to arrive as they were: chunks of frames, say, may grow in number with the
+batch, and are not its rows.
 """
 
 import copy
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.hooks import has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
-from diffsight.engine.random_generators import generators_of, kept_generators
+from diffsight.engine.random_generators import generators_of, kept_generators, states_of
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.torch_state import TorchState, call_in
 from diffsight.engine.wrapped_modules import wrapped_path
@@ -30,6 +32,7 @@ Sizes = list[bool | None]  # for everything in a value: whether its first dimens
 Call = tuple[tuple, dict]  # the arguments of a call
 
 _SMALL = 10**7  # parameters: such a model runs faster with its weights than on the meta device
+_ROUNDING = 0.05  # relative difference
 _READING = {"item", "tolist", "numpy", "__int__", "__index__"}  # functions that return numbers of a tensor
 _CHOOSING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
 
@@ -158,7 +161,7 @@ def _is_batch(one_more: Sequence[int], two_more: Sequence[int], total: int) -> b
     if one_more == two_more:
         return False
     firsts = one_more[:1], two_more[:1]
-    return True if firsts == ((total + 1,), (total + 2,)) else None
+    return True if firsts == ((total + 1,), (total + 2,)) and not isinstance(two_more, _Mixed) else None
 
 
 def _call(
@@ -174,29 +177,73 @@ def _call(
     shapes of the values that passed its modules."""
     copied = structural_copy(component, with_weights, owns_weights=_is_small(component))
     seen: dict[nn.Module, dict[str, list[Shapes]]] = {}
+    mixed: list[tuple[Shapes, int]] = []
     for module, original in zip(copied.modules(), component.modules(), strict=True):
-        module.register_forward_hook(partial(_see, seen.setdefault(original, {})), with_kwargs=True)
+        see = partial(_see, seen.setdefault(original, {}), mixed, total)
+        module.register_forward_hook(see, with_kwargs=True)
     with _Larger(total, more, with_weights) as larger:
         args, kwargs = change(copy.deepcopy(call))
     if not larger.has_grown:
-        growth.why_unknown = f"none of the tensors that the model is called with has {total} entries"
+        growth.why_unknown = f"no tensor that the model is called with has a first dimension of {total}"
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
+    generators = [*generators_of(copied.modules()), *given]
+    before = states_of(generators)
     with without_global_hooks(), _Values() as values:
         copied(*args, **kwargs)
     growth.is_of_values |= values.are_read
+    if states_of(generators) == before:  # otherwise copies may differ in random numbers
+        for shapes, index in mixed:
+            shapes[index] = _Mixed(shapes[index])
     return seen
 
 
-def _see(calls: dict[str, list[Shapes]], _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def _see(
+    calls: dict[str, list[Shapes]],
+    mixed: list[tuple[Shapes, int]],
+    total: int,
+    _: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    output: Any,
+) -> None:
+    """Note the shapes in a call of a module, and in `mixed` those of tensors that do not repeat rows."""
     values = {"inputs": (args, kwargs), "input": next(iter((*args, *kwargs.values())), None), "output": output}
     for part, value in values.items():
-        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in tree_leaves(value)]
+        leaves = tree_leaves(value)
+        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
         calls.setdefault(part, []).append(shapes)
+        mixed += [(shapes, index) for index, leaf in enumerate(leaves) if not _repeats_rows(leaf, total)]
+
+
+class _Mixed(tuple):
+    """The shape of a tensor whose entries are not the rows, though there are as many."""
+
+    __slots__ = ()
+
+
+def _repeats_rows(leaf: Any, total: int) -> bool:
+    """Whether the entries that a larger batch adds to a tensor repeat earlier ones, as in `_Larger`.
+
+    Most numbers in an entry have to be alike, up to rounding: some may tell it from others, as on the diagonal of a
+    mask. The answer is yes for anything that has no such entries or cannot be compared."""
+    if type(leaf) not in (torch.Tensor, nn.Parameter) or leaf.shape[:1] != (total + 2,):
+        return True
+    if leaf.is_meta or leaf.is_quantized or leaf.layout is not torch.strided:
+        return True
+    copies, originals = leaf[total:], torch.stack([leaf[total - 1], leaf[0]])
+    if torch.equal(copies, originals):
+        return True
+    alike = copies == originals
+    if leaf.is_floating_point() or leaf.is_complex():
+        alike |= torch.isclose(copies, originals, rtol=_ROUNDING, equal_nan=True)
+    return bool((alike.reshape(2, -1).float().mean(1) >= 0.5).all())
 
 
 class _Larger(TorchFunctionMode):
     """Copies tensors with a batch of `total + more` in place of `total`, on the meta device unless `with_values`.
 
-    The last entry is repeated, then the first one: if shapes depend on the values, both have to count as one."""
+    The last entry is repeated, then the first one: if shapes depend on the values, both have to count as one. See also
+    `_repeats_rows`."""
 
     has_grown = False
 

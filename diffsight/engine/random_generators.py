@@ -6,6 +6,7 @@ with kept_generators(generators):
                                             # here all generators are as before
 """
 
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffsight.engine.torch_state import kept_random_state
+from diffsight.engine.torch_state import kept_random_state, random_state
 
 
 def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -27,6 +28,12 @@ def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
     kinds = (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
     found = {id(value): value for module in modules for value in _held_by(module) if isinstance(value, kinds)}
     return [random, *of_numpy, *(one for one in found.values() if not isinstance(one, random.SystemRandom))]
+
+
+def states_of(generators: Iterable[Any]) -> bytes:
+    """Return the states of some generators, and of PyTorch's global ones, for comparing them."""
+    states = [*random_state(), *map(_state_of, generators)]
+    return pickle.dumps([one.tolist() if isinstance(one, torch.Tensor) else one for one in states])
 
 
 def _held_by(module: nn.Module) -> Iterator[Any]:
@@ -53,8 +60,17 @@ def kept_generators(generators: Iterable[Any]) -> Iterator[None]:
 
 def _restorer(generator: Any) -> Callable[[], Any]:
     """Return a function that gives a generator the state that it has now."""
+    state = _state_of(generator)
+    if hasattr(generator, "setstate"):
+        return partial(generator.setstate, state)
+    if hasattr(generator, "set_state"):
+        return partial(generator.set_state, state)
+    return partial(setattr, generator.bit_generator, "state", state)
+
+
+def _state_of(generator: Any) -> Any:
     if hasattr(generator, "getstate"):  # one of Python
-        return partial(generator.setstate, generator.getstate())
+        return generator.getstate()
     if hasattr(generator, "get_state"):  # one of PyTorch, or an old one of NumPy
-        return partial(generator.set_state, generator.get_state())
-    return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+        return generator.get_state()
+    return generator.bit_generator.state

@@ -393,6 +393,54 @@ def test_rows_of_an_encoder_that_is_called_before_the_forward_pass():
 
 def test_a_step_with_several_beams_for_each_row():
     ids = torch.randint(1, 50, (2, 6))
-    refused = pytest.raises(InputError, match="none of the tensors that the model is called with has 2 entries")
+    refused = pytest.raises(InputError, match="no tensor that the model is called with has a first dimension of 2")
     with refused, torch.no_grad(), Model(tiny_t5()).generate(ids, max_new_tokens=3, num_beams=2) as run:
         run.rows[1].decoder.block[0].output
+
+
+class InChunks(nn.Module):
+    """Decodes videos in as many chunks as they have frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.part(frames) for frames in x.flatten(0, 1).chunk(x.shape[1])]).view_as(x)
+
+
+class TakesBest(nn.Module):
+    """The part gets the tokens that it likes best, one for each input on average."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Linear(4, 4)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        best = tokens[:, 0].topk(len(x)).indices
+        return tokens.index_add(0, best, self.part(tokens[best])).view_as(x)
+
+
+@pytest.mark.parametrize("kind", [InChunks, TakesBest])
+def test_entries_that_grow_with_the_batch_and_are_not_its_rows(kind):
+    row, whole = row_of(kind(), torch.arange(24.0).view(2, 3, 4), "part")
+    assert row is None and len(whole) == 2
+
+
+class Similar(nn.Module):
+    """Compares every input with the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise, self.part = nn.Dropout(), nn.Identity()
+
+    def forward(self, x):
+        x = self.noise(x)
+        return self.part((x @ x.T).fill_diagonal_(-1e9))
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_rows_that_differ_by_their_place_or_by_chance(is_training):
+    row, whole = row_of(Similar().train(is_training), torch.randn(3, 8), "part")
+    assert torch.equal(row, whole[1:2])
