@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from diffsight.engine.changes_in_place import is_in_place
 from diffsight.engine.hooks import has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
 from diffsight.engine.random_generators import generators_of, kept_generators, states_of
@@ -34,6 +35,7 @@ Call = tuple[tuple, dict]  # the arguments of a call
 _SMALL = 10**7  # parameters: such a model runs faster with its weights than on the meta device
 _ROUNDING = 0.05  # relative difference
 _READING = {"item", "tolist", "numpy", "__int__", "__index__"}  # functions that return numbers of a tensor
+_SETTING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # functions that change a tensor
 _CHOOSING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
 
 
@@ -105,6 +107,7 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
     state, generators = TorchState.capture().bare(), generators_of(component.modules())
     ways, why = [_as_it_is, _with_empty_caches, _without_caches] if has_cache(call) else [_as_it_is], ""
     for with_weights in (True, False) if _is_small(component) else (False, True):
+        why = "" if with_weights else why  # with weights, the reason is the model's own
         for change in ways:
             growth = Growth()
             try:
@@ -188,7 +191,7 @@ def _call(
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
     generators = [*generators_of(copied.modules()), *given]
     before = states_of(generators)
-    with without_global_hooks(), _Values() as values:
+    with without_global_hooks(), _Values(component, copied) as values:
         copied(*args, **kwargs)
     growth.is_of_values |= values.are_read
     if states_of(generators) == before:  # otherwise copies may differ in random numbers
@@ -264,17 +267,41 @@ class _Larger(TorchFunctionMode):
 class _Values(TorchFunctionMode):
     """Notices whether the model computes shapes from the values of tensors, as those that route tokens to experts do.
 
-    A condition (`if mask.all()`) is not counted: it is common, and hardly ever decides about a layout."""
+    A condition (`if mask.all()`) is not counted: it is common, and hardly ever decides about a layout. The mode also
+    keeps the copy from training the weights that it shares with the component."""
 
     are_read = False
 
+    def __init__(self, component: nn.Module, copied: nn.Module) -> None:
+        super().__init__()
+        own = {id(parameter) for parameter in component.parameters()}
+        self._shared = {_memory_of(parameter) for parameter in copied.parameters() if id(parameter) in own}
+
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if self._shared and self._trains(name, args):
+            raise RuntimeError("it trains weights that are too large to be copied")
         if name == "__getitem__":
             self.are_read |= any(map(_is_mask, args[1] if type(args[1]) is tuple else args[1:]))
         elif name in _READING or name in _CHOOSING or (name == "where" and len(args) == 1 and not kwargs):
             self.are_read = True
         return function(*args, **kwargs)
+
+    def _trains(self, name: str, args: tuple) -> bool:
+        """Whether a function changes a shared weight in place, or computes gradients for it."""
+        if name == "backward":
+            return True
+        if not (is_in_place(name) or name in _SETTING):
+            return False
+        changed = [leaf for leaf in tree_leaves(args[:1]) if isinstance(leaf, torch.Tensor)]
+        return not self._shared.isdisjoint(map(_memory_of, changed))
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # it is sparse, say
+        return id(tensor)
 
 
 def _is_mask(index: Any) -> bool:

@@ -347,6 +347,43 @@ def test_a_model_that_trains_in_its_forward_pass(kind):
         assert own.grad is None or torch.allclose(own.grad, other.grad)
 
 
+class Large(nn.Module):
+    """A model that is too large to be copied and needs values, so that its weights are used."""
+
+    def __init__(self, train):
+        super().__init__()
+        self.table, self.part, self.train_on = nn.Embedding(2**22, 3), nn.Linear(3, 3), train
+        self.table.weight.requires_grad_(False)
+
+    def forward(self, x):
+        if x[0, 0].item() == 1:
+            with torch.enable_grad():
+                self.train_on(self.part, x)
+        return self.part(x)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda part, x: part.weight.data[0].mul_(0.5),
+        lambda part, x: torch._foreach_mul_([part.bias.data], 0.5),
+        lambda part, x: part.weight.data.__imul__(0.5),
+        lambda part, x: part(x).sum().backward(),
+    ],
+)
+def test_weights_that_are_too_large_to_be_copied(train):
+    net, bare, x = Large(train), nn.Linear(3, 3), torch.ones(2, 3)
+    bare.load_state_dict(net.part.state_dict())
+    train(bare, x)
+    with Model(net).trace(x) as run, pytest.raises(InputError, match="it trains weights that are too large"):
+        run.rows[1].part.output
+    for own, other in zip(net.part.parameters(), bare.parameters()):
+        assert torch.equal(own, other) and (own.grad is None) == (other.grad is None)
+        assert own.grad is None or torch.equal(own.grad, other.grad)
+    row, whole = row_of(Large(train), torch.zeros(2, 3), "part")
+    assert torch.equal(row, whole[1:])
+
+
 class Noisy(nn.Module):
     """Draws random numbers from every generator that it knows."""
 
