@@ -40,6 +40,7 @@ ENGINE = [
     "engine.batch_slicing",
     "engine.weak_values",
     "engine.points",
+    "engine.part_containers",
     "engine.late_edits",
     "engine.innermost_run",
     "engine.late_weights",

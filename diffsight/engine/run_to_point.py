@@ -24,6 +24,7 @@ from diffsight.engine.late_edits import is_trained, moves, shares_memory
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
+from diffsight.engine.part_containers import PartContainer
 from diffsight.engine.points import (
     INPUTS,
     LAST,
@@ -42,7 +43,7 @@ from diffsight.engine.target import Target, join
 from diffsight.engine.threads import THIS_THREAD, calls_in_threads, check_runs_thread
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state, unseen
 from diffsight.engine.turns import Body
-from diffsight.engine.users_line import users_line
+from diffsight.engine.users_line import set_line, users_line
 from diffsight.errors import (
     DiffsightError,
     InputError,
@@ -120,6 +121,8 @@ class Flow(RunEnd):
             point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
         else:
             point = self._find(tap, first, asked, scope)
+        if self._part_containers:
+            self._assign_changes()
         if point.copies:
             point.copies.clear()  # somebody has them now
         if asked.kind == OUTPUT:
@@ -135,7 +138,10 @@ class Flow(RunEnd):
         selected = selection.at(tap, point.index, asked)
         point.parts = point.parts or {}
         point.parts[selection.name] = selected, value
-        return selected.take(value, asked)
+        taken = selected.take(value, asked)
+        if point is self.parked and taken is not value and not isinstance(taken, torch.Tensor):
+            self._part_containers.append(PartContainer(point, asked, taken))
+        return taken
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
         """Assign `value` to a point: now if the model stands there, else when it gets there. `where` is the line
@@ -149,10 +155,13 @@ class Flow(RunEnd):
         key = (asked.kind, find_call(tap, first, asked, asked))
         assignment = Assignment(asked, value, where or users_line(), scope.in_step, first, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
+            self._assign_changes()
             before = self.parked.value
             difference = assignment.apply_to(self.parked)
             if difference is not None:
                 self.misshapen[difference] = assignment.where
+            containers = self._part_containers
+            self._part_containers = [one for one in containers if not one.is_replaced_by(assignment, self.parked)]
             self._note_assigned(self.parked, asked.selection, before)
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
             raise order.too_late(asked, "assigned", self.where)
@@ -540,6 +549,8 @@ class Flow(RunEnd):
         coroutine, late_edits = self.coroutine, self._late_edits
         state = coroutine.state.now()
         while True:
+            if self._part_containers:
+                self._assign_changes(moves_on=True)
             if late_edits.watched and (
                 changed := late_edits.changed() if state.is_plain else unseen(late_edits.changed)
             ):
@@ -593,6 +604,24 @@ class Flow(RunEnd):
                 continue
             self._late_edits.watched.clear()  # so that it is reported once
             raise error
+
+    def _assign_changes(self, moves_on: bool = False) -> None:
+        """Assign what the bodies have set in the containers in which they have read a part of a value."""
+        for container in self._part_containers:
+            point, selection = container.point, container.asked.selection
+            before = point.value
+            try:
+                if not container.assign_changes():
+                    continue
+            except DiffsightError as error:
+                set_line(error, container.where)
+                raise
+            self._note_assigned(point, selection, before)
+            point.parts = point.parts or {}
+            point.parts[selection.name] = selection.at(point.tap, point.index, container.asked), point.value
+        if moves_on:  # except from where bodies have asked for calls that are being made
+            stands = [point for point, *_ in self.bodies.calls]
+            self._part_containers = [one for one in self._part_containers if any(one.point is at for at in stands)]
 
     def _note_assigned(self, point: Point, selection: Selection | None, before: Any) -> None:
         """Take note that a value was assigned where the model stands, in place of (a part of) `before`.
