@@ -116,16 +116,15 @@ def record(
 
 def _copied(thing: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
     """Return a copy of an object, with its tensors copied by `own`, and these tensors: the model may keep writing to
-    its own object. Modules, random generators, and objects that have no tensors or cannot be copied are returned as
-    they are."""
-    if isinstance(thing, (torch.nn.Module, torch.Generator)):
+    its own object, even if that is still empty. Modules, random generators, bare objects, and what cannot be copied are
+    returned as they are."""
+    if isinstance(thing, (torch.nn.Module, torch.Generator)) or type(thing) is object:
         return thing, []
     try:
         with _Copying(own) as copying:
-            copied = deepcopy(thing)
+            return deepcopy(thing), copying.made
     except Exception:
         return thing, []
-    return (copied, copying.made) if copying.made else (thing, [])
 
 
 class _Copying(TorchFunctionMode):

@@ -171,7 +171,7 @@ class Run(InRun):
 
         Returns:
             A dictionary of path to value, see `Record`. A point that the model passes more than once has a list with
-            one value per call; in a loop over steps, one per step. Objects that hold tensors, such as a cache of keys
+            one value per call; in a loop over steps, one per step. Other objects, such as arrays and caches of keys
             and values, are copied with their tensors.
 
         Raises:

@@ -1,5 +1,8 @@
 """Records of many points, compared with hand-written hooks."""
 
+from collections import UserDict
+
+import numpy as np
 import pytest
 import torch
 
@@ -187,6 +190,26 @@ def test_objects_that_hold_tensors_are_copied_and_counted(gpt2, ids, greedy):
     logits = [output.logits for output in kept["output"]]
     assert kept.nbytes == sum(tensor.nbytes for tensor in (*inside, *logits))
     assert len(kept.tensors) == len(inside) + len(logits)
+
+
+def test_objects_that_are_changed_later_are_copied_as_well(gpt2, ids, greedy):
+    """Arrays, and a cache that is still empty."""
+    with Model(gpt2).generate(ids, **greedy) as run:
+        kept = run.record("transformer.h[0].attn.inputs")
+    caches = [kwargs["past_key_values"] for _, kwargs in kept["transformer.h[0].attn.inputs"]]
+    assert [cache.get_seq_length() for cache in caches] == [0, 3, 4, 5]
+    seen = UserDict(count=np.zeros(1), names=set())
+
+    def add(module, seen):
+        seen["count"] += 1
+        seen["names"].add(len(seen["names"]))
+        return seen["count"]
+
+    net = Calling(lambda m, x: x * float(m.add(seen)[0]) * float(m.add(seen)[0]), add=Calling(add))
+    with Model(net).trace(torch.ones(1)) as run:
+        kept = run.record(["add", "add.input"])
+    assert [float(count[0]) for count in kept["add.output"]] == [1, 2] and run.result == 2
+    assert [(float(given["count"][0]), given["names"]) for given in kept["add.input"]] == [(0, set()), (1, {0})]
 
 
 def test_objects_without_tensors_are_kept_as_they_are(net, x):
