@@ -8,7 +8,7 @@ waiting. `close` ends it where the model stands: after `run.stop()`, after an er
 dropped.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from types import CodeType
 from typing import Any, Protocol
@@ -63,6 +63,7 @@ class RunEnd:
         self.observer: Observer | None = None
         self.unreached: list[Assignment] = []
         self.refused: list[Exception] = []  # why values that were assigned ahead could not be put in place
+        self.end_checks: list[Callable[[], Exception | None]] = []  # called when the run ends; return what was wrong
         self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
@@ -139,6 +140,8 @@ class RunEnd:
         self._late_edits.watched.clear()
         self._called.clear()
         self._part_containers.clear()
+        self.refused += filter(None, [check() for check in self.end_checks])
+        self.end_checks.clear()
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None
         self.bodies.calls.clear()
@@ -153,11 +156,16 @@ class RunEnd:
     def _put_back(self) -> None:
         """Restore what the run has changed apart from its taps on the model."""
 
-    def check_assignments(self) -> None:
-        """Raise the error of an assignment that the model's own `except` has swallowed, or NeverReachedError if there
-        are assignments that the model did not reach."""
+    def check_refused(self) -> None:
+        """Raise the error of an assignment that the model's own `except` has swallowed, or of a recorded value that was
+        lost."""
         if self.refused:
             raise self.refused.pop()
+
+    def check_assignments(self) -> None:
+        """Raise what `check_refused` raises, or NeverReachedError if there are assignments that the model did not
+        reach."""
+        self.check_refused()
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
         if missed:
             raise order.never_reached(missed, self.clock.ending)

@@ -62,6 +62,23 @@ def test_attached_values_carry_gradients(net, x):
     assert gradient.any()
 
 
+@pytest.mark.parametrize("end", [lambda run: run.finish(), lambda run: run.stop()])
+def test_an_attached_value_that_the_model_changes_in_place_is_an_error(x, end):
+    net = torch.nn.Sequential(linear(), torch.nn.ReLU(inplace=True), linear(1))
+    with pytest.raises(OutOfOrderError, match=r"\[0\].output, recorded at .*:\d+ with detach=False, was changed"):
+        with Model(net).trace(x) as run:
+            run.record(["[0]", "[2]"], detach=False)
+            run[1].output
+            end(run)
+    with torch.no_grad(), Model(net).trace(x) as run:  # there is no graph: it is a copy
+        kept = run.record("[0]", detach=False)
+    assert torch.equal(kept["[0]"], net[0](x)) and (kept["[0]"] < 0).any()
+    with Model(net).trace(x) as run:
+        kept = run.record(["[1]", "[2]"], detach=False)
+    kept["[2]"].mul_(2)
+    assert torch.equal(run.result, kept["[2]"])
+
+
 def test_device_dtype_and_memory(net, x):
     with Model(net).trace(x) as run:
         kept = run.record("layers[*]", device="cpu", dtype=torch.float16)
