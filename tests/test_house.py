@@ -41,6 +41,7 @@ ENGINE = [
     "engine.weak_values",
     "engine.points",
     "engine.part_containers",
+    "engine.gradients_at_point",
     "engine.late_edits",
     "engine.innermost_run",
     "engine.late_weights",

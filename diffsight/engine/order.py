@@ -7,7 +7,7 @@ show whether it is too late; see `taps`. If they cannot show it, the point count
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from diffsight.engine.points import INPUTS, LAST, Asked, Assignment, Point, PointKey
+from diffsight.engine.points import INPUTS, LAST, LEFT_OUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import in_run
 from diffsight.engine.users_line import UsersLine, set_line
@@ -109,6 +109,11 @@ def edited_beside_copy(point: Point) -> OutOfOrderError:
         f"{_as_read(point)} was changed in place after a part of it had been assigned: the model continues with a "
         "copy that holds the assigned part. Change the value first, or read it again after the assignment"
     )
+
+
+def edited_without_gradients(point: Point) -> OutOfOrderError:
+    """Return the error for a value that was changed in place where gradients are off, though the model has them on."""
+    return OutOfOrderError(f"{_as_read(point)} {LEFT_OUT}")
 
 
 def _as_read(point: Point) -> str:

@@ -8,6 +8,7 @@ A row of a dictionary, a tuple or an output object is a new container of views, 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import is_grad_enabled
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffsight.engine.batch_slicing import UNCHANGED
@@ -45,7 +46,8 @@ class PartContainer:
             if all(item is UNCHANGED for item in items):
                 return False
             value = tree_unflatten(items, structure)
-        Assignment(self.asked, value, self.where, in_step=False).apply_to(self.point)
+        has_gradients = is_grad_enabled()
+        Assignment(self.asked, value, self.where, in_step=False, has_gradients=has_gradients).apply_to(self.point)
         return True
 
     def is_replaced_by(self, assignment: Assignment, point: Point) -> bool:

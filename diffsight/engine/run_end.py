@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from diffsight.engine import order
 from diffsight.engine.batch_dimensions import Layouts
 from diffsight.engine.coroutine import Coroutine
+from diffsight.engine.gradients_at_point import GradientsAtPoint
 from diffsight.engine.late_edits import LateEdits
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.part_containers import PartContainer
@@ -71,6 +72,7 @@ class RunEnd:
         self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
         self._late_edits = LateEdits()
         self.layouts: Layouts | None = None  # which values have the batch as their first dimension, once that was asked
+        self._gradients: GradientsAtPoint | None = None  # if the model computes some in a run without gradients
         self._part_containers: list[PartContainer] = []  # those that were read where the model stands
         self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
         self.is_cleared = False  # whether all traces of the run have been removed
@@ -140,6 +142,7 @@ class RunEnd:
         self._late_edits.watched.clear()
         self._called.clear()
         self._part_containers.clear()
+        self._gradients = None
         self.refused += filter(None, [check() for check in self.end_checks])
         self.end_checks.clear()
         edits, self.bodies.edits = self.bodies.edits, []

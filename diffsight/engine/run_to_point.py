@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine import order
 from diffsight.engine.batch_slicing import Selection
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
+from diffsight.engine.gradients_at_point import GradientsAtPoint
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.late_edits import is_trained, moves, shares_memory
 from diffsight.engine.model_tree import Tree
@@ -153,7 +154,8 @@ class Flow(RunEnd):
         scope = self.scope
         tap, first = self._locate(asked, scope)
         key = (asked.kind, find_call(tap, first, asked, asked))
-        assignment = Assignment(asked, value, where or users_line(), scope.in_step, first, scope.order)
+        line = where or users_line()
+        assignment = Assignment(asked, value, line, scope.in_step, first, scope.order, torch.is_grad_enabled())
         if self.parked is not None and self.parked is tap.points.get(key):
             self._assign_changes()
             before = self.parked.value
@@ -557,6 +559,8 @@ class Flow(RunEnd):
                 self._check_late_edits(changed)
             if self._called and call is None:
                 self._let_go_of_called()
+            if self._gradients is not None:
+                self._check_gradients()
             left, self.parked = self.parked, None
             moves.count += 1
             self.taps.hooked.renew()  # before the model moves
@@ -579,6 +583,8 @@ class Flow(RunEnd):
             else:
                 self.parked = value
                 self._stands = value or self._stands
+                if value is not None and state is not coroutine.state and self.adds_gradients:
+                    self._gradients = unseen(GradientsAtPoint, value)
                 if not (bodies.edits or bodies.functions):
                     return value
                 turns, continues = bodies.take_turn()
@@ -604,6 +610,20 @@ class Flow(RunEnd):
                 continue
             self._late_edits.watched.clear()  # so that it is reported once
             raise error
+
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether the model computes gradients where it is, in a run that was opened without."""
+        if self.state.grad:
+            return False
+        return torch.is_grad_enabled() if self.coroutine.is_running else self.coroutine.state.grad
+
+    def _check_gradients(self) -> None:
+        """Raise OutOfOrderError if a body has changed the value where the model stands in a way that the model's
+        gradients would leave out."""
+        gradients, self._gradients = self._gradients, None
+        if unseen(gradients.were_bypassed):
+            raise order.edited_without_gradients(gradients.point)
 
     def _assign_changes(self, moves_on: bool = False) -> None:
         """Assign what the bodies have set in the containers in which they have read a part of a value."""
