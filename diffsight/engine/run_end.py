@@ -19,7 +19,7 @@ from diffsight.engine.coroutine import Coroutine
 from diffsight.engine.gradients_at_point import GradientsAtPoint
 from diffsight.engine.late_edits import LateEdits
 from diffsight.engine.model_tree import Tree
-from diffsight.engine.part_containers import PartContainer
+from diffsight.engine.part_containers import FormerContainer, PartContainer
 from diffsight.engine.points import LAST, Assignment, Point
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.tapped_call import Tap
@@ -73,7 +73,7 @@ class RunEnd:
         self._late_edits = LateEdits()
         self.layouts: Layouts | None = None  # which values have the batch as their first dimension, once that was asked
         self._gradients: GradientsAtPoint | None = None  # if the model computes some in a run without gradients
-        self._part_containers: list[PartContainer] = []  # those that were read where the model stands
+        self._held_containers: list[PartContainer | FormerContainer] = []  # those that were read where the model stands
         self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
@@ -141,7 +141,7 @@ class RunEnd:
         self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
         self._late_edits.watched.clear()
         self._called.clear()
-        self._part_containers.clear()
+        self._held_containers.clear()
         self._gradients = None
         self.refused += filter(None, [check() for check in self.end_checks])
         self.end_checks.clear()

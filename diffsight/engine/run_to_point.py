@@ -25,7 +25,7 @@ from diffsight.engine.late_edits import is_trained, moves, shares_memory
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
-from diffsight.engine.part_containers import PartContainer
+from diffsight.engine.part_containers import FormerContainer, PartContainer
 from diffsight.engine.points import (
     INPUTS,
     LAST,
@@ -44,7 +44,7 @@ from diffsight.engine.target import Target, join
 from diffsight.engine.threads import THIS_THREAD, calls_in_threads, check_runs_thread
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state, unseen
 from diffsight.engine.turns import Body
-from diffsight.engine.users_line import set_line, users_line
+from diffsight.engine.users_line import users_line
 from diffsight.errors import (
     DiffsightError,
     InputError,
@@ -122,7 +122,7 @@ class Flow(RunEnd):
             point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
         else:
             point = self._find(tap, first, asked, scope)
-        if self._part_containers:
+        if self._held_containers:
             self._assign_changes()
         if point.copies:
             point.copies.clear()  # somebody has them now
@@ -141,7 +141,7 @@ class Flow(RunEnd):
         point.parts[selection.name] = selected, value
         taken = selected.take(value, asked)
         if point is self.parked and taken is not value and not isinstance(taken, torch.Tensor):
-            self._part_containers.append(PartContainer(point, asked, taken))
+            self._held_containers.append(PartContainer(point, asked, taken))
         return taken
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -162,8 +162,8 @@ class Flow(RunEnd):
             difference = assignment.apply_to(self.parked)
             if difference is not None:
                 self.misshapen[difference] = assignment.where
-            containers = self._part_containers
-            self._part_containers = [one for one in containers if not one.is_replaced_by(assignment, self.parked)]
+            containers = self._held_containers
+            self._held_containers = [one for one in containers if not one.is_replaced_by(assignment, self.parked)]
             self._note_assigned(self.parked, asked.selection, before)
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
             raise order.too_late(asked, "assigned", self.where)
@@ -551,7 +551,7 @@ class Flow(RunEnd):
         coroutine, late_edits = self.coroutine, self._late_edits
         state = coroutine.state.now()
         while True:
-            if self._part_containers:
+            if self._held_containers:
                 self._assign_changes(moves_on=True)
             if late_edits.watched and (
                 changed := late_edits.changed() if state.is_plain else unseen(late_edits.changed)
@@ -627,21 +627,17 @@ class Flow(RunEnd):
 
     def _assign_changes(self, moves_on: bool = False) -> None:
         """Assign what the bodies have set in the containers in which they have read a part of a value."""
-        for container in self._part_containers:
-            point, selection = container.point, container.asked.selection
-            before = point.value
-            try:
-                if not container.assign_changes():
-                    continue
-            except DiffsightError as error:
-                set_line(error, container.where)
-                raise
+        for container in self._held_containers:
+            point, before = container.point, container.point.value
+            if not container.assign_changes():
+                continue
+            selection = container.asked.selection
             self._note_assigned(point, selection, before)
             point.parts = point.parts or {}
             point.parts[selection.name] = selection.at(point.tap, point.index, container.asked), point.value
         if moves_on:  # except from where bodies have asked for calls that are being made
             stands = [point for point, *_ in self.bodies.calls]
-            self._part_containers = [one for one in self._part_containers if any(one.point is at for at in stands)]
+            self._held_containers = [one for one in self._held_containers if any(one.point is at for at in stands)]
 
     def _note_assigned(self, point: Point, selection: Selection | None, before: Any) -> None:
         """Take note that a value was assigned where the model stands, in place of (a part of) `before`.
@@ -659,6 +655,8 @@ class Flow(RunEnd):
             for leaf in tree_leaves(before):
                 if id(leaf) not in kept:
                     unseen(self._late_edits.watch, point, leaf)
+            if point.is_whole_read and not isinstance(before, torch.Tensor):
+                self._held_containers.append(FormerContainer(point, before))
 
     def _open_to_changes(self) -> list[Any]:
         """Return the values that a body may change in place: where the model stands, and those that are assigned

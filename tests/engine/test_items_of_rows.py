@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from diffsight import Model
+from diffsight import Model, OutOfOrderError
 from diffsight.errors import AssignmentError
 
 
@@ -173,6 +173,29 @@ def test_the_whole_value_is_changed_as_well():
     wanted = 3 * (x + x) + 7 * x
     wanted[1] += 3 * (NEW[0] - x[1])
     assert torch.allclose(run.result, wanted)
+
+
+@pytest.mark.parametrize("kind", ["a dictionary", "a list", "an output object"])
+def test_an_item_of_the_whole_value_after_a_row_was_assigned(kind):
+    make, items, change = KINDS[kind]
+    x, net = torch.randn(2, 4), Net(make, items)
+    for of in (lambda run: run.making, lambda run: run.adding):
+        part = "output" if of(Model(net)).path == "making" else "input"
+        with pytest.raises(OutOfOrderError, match="changed in place after a part of it had been assigned"):
+            with Model(net).trace(x) as run:
+                whole = getattr(of(run), part)
+                setattr(of(run.rows[1]), part, make(x[1:], NEW))
+                change(whole, torch.zeros(2, 4))
+    with Model(net).trace(x) as run:
+        run.making.output
+        run.rows[1].making.output = make(x[1:], NEW)
+        change(run.making.output, torch.cat([2 * x[:1], NEW]))
+    assert torch.allclose(run.result, expected(x))
+    with Model(net).trace(x) as run:
+        (_, named) = run.adding.inputs
+        run.rows[1].adding.input = make(x[1:], NEW)
+        named["more"] = {"y": 7 * x}  # the model still has this dictionary
+    assert torch.allclose(run.result, expected(x))
 
 
 def test_a_call_of_the_body_in_between():
