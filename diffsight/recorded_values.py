@@ -15,16 +15,20 @@ In a pattern, `*` matches any name and `**` any number of names. A pattern that 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from diffsight.engine import order
 from diffsight.engine.points import Asked, first_input
 from diffsight.engine.tapped_call import Tap
+from diffsight.engine.torch_state import unseen
+from diffsight.engine.users_line import users_line
 from diffsight.envoy import VALUES, Envoy, InRun, Points, child_of, flow_of, inside, root_of, target_of, tree_of
-from diffsight.errors import InputError, PointNotFoundError, UnknownKeyError, suggest
+from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError, UnknownKeyError, suggest
 
 
 class Record(dict[str, Any]):
@@ -76,19 +80,25 @@ def record(
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device: {error}") from None
 
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        kept = tensor.detach() if detach else tensor
-        moved = kept.to(device=device, dtype=dtype if kept.is_floating_point() else None)
-        # A copy, since the model may change its tensor in place afterwards.
-        return moved.clone() if detach and moved is kept else moved
+    def own(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        detached = tensor.detach() if detach else tensor
+        moved = detached.to(device=device, dtype=dtype if detached.is_floating_point() else None)
+        if moved is detached and moved.requires_grad:
+            models_own.append((path, moved, unseen(_version, moved)))
+            return moved
+        return moved.clone() if moved is detached else moved  # the model may change its tensor in place afterwards
 
-    def own_leaf(leaf: Any) -> Any:
+    def own_leaf(path: str, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return own(leaf)
-        copied, held = _copied(leaf, own)
+            return own(path, leaf)
+        copied, held = _copied(leaf, partial(own, path))
         if held:
             kept._held[id(copied)] = held
         return copied
+
+    def changed_in_place() -> OutOfOrderError | None:
+        changed = (path for path, tensor, version in models_own if unseen(_version, tensor) != version)
+        return next((order.recorded_and_changed(path, where) for path in changed), None)
 
     patterns = [patterns] if isinstance(patterns, (str, Points)) else list(patterns)
     found = {path: place for pattern in patterns for path, place in find_points(root_of(run), pattern).items()}
@@ -96,6 +106,8 @@ def record(
     scope, step = flow.scope, flow.clock.index if flow.scope.in_step else None
     values: dict[str, list[Any]] = {path: [] for path in found}
     in_steps: set[str] = set()  # paths with one value per step
+    models_own: list[tuple[str, torch.Tensor, int]] = []  # path, tensor, and how often that had been changed in place
+    where = users_line()
 
     def keep(path: str, part: str, tap: Tap, index: int, value: Any) -> None:
         has_loop = step is None and (scope.stop_at_steps or scope.step >= 0)
@@ -105,27 +117,32 @@ def record(
             in_steps.add(path)
         elif path in in_steps or step not in (None, flow.clock.index):
             return
-        values[path].append(tree_map(own_leaf, first_input(value, path) if part == "input" else value))
+        values[path].append(tree_map(partial(own_leaf, path), first_input(value, path) if part == "input" else value))
         is_listed = path in in_steps or len(values[path]) > 1
         kept[path] = values[path] if is_listed else values[path][0]
 
     for path, (points, part) in found.items():
         flow.keep(Asked(target_of(points), part), lambda *call, path=path, part=part: keep(path, part, *call))
+    if not detach:
+        flow.end_checks.append(changed_in_place)
     return kept
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return tensor._version
 
 
 def _copied(thing: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
     """Return a copy of an object, with its tensors copied by `own`, and these tensors: the model may keep writing to
-    its own object. Modules, random generators, and objects that have no tensors or cannot be copied are returned as
-    they are."""
-    if isinstance(thing, (torch.nn.Module, torch.Generator)):
+    its own object, even if that is still empty. Modules, random generators, bare objects, and what cannot be copied are
+    returned as they are."""
+    if isinstance(thing, (torch.nn.Module, torch.Generator)) or type(thing) is object:
         return thing, []
     try:
         with _Copying(own) as copying:
-            copied = deepcopy(thing)
+            return deepcopy(thing), copying.made
     except Exception:
         return thing, []
-    return (copied, copying.made) if copying.made else (thing, [])
 
 
 class _Copying(TorchFunctionMode):

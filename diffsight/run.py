@@ -95,6 +95,7 @@ class Run(InRun):
         flow.check_thread("run.stop")
         flow.finish_undecided()
         flow.close(STOPPED)
+        flow.check_refused()
 
     @property
     def steps(self) -> Steps:
@@ -167,11 +168,11 @@ class Run(InRun):
             device: Copy tensors to this device.
             dtype: Convert floating-point tensors to this type.
             detach: Whether to detach and copy tensors. If False, they stay part of the graph, and may be the model's
-                own.
+                own. If the model then changes one of these in place, that is an error.
 
         Returns:
             A dictionary of path to value, see `Record`. A point that the model passes more than once has a list with
-            one value per call; in a loop over steps, one per step. Objects that hold tensors, such as a cache of keys
+            one value per call; in a loop over steps, one per step. Other objects, such as arrays and caches of keys
             and values, are copied with their tensors.
 
         Raises:

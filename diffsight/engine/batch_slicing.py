@@ -20,6 +20,8 @@ from diffsight.engine.opaque_values import CacheOfAllRows, holds_tensors, is_cac
 from diffsight.engine.target import Target
 from diffsight.errors import AssignmentError, InputError
 
+UNCHANGED = object()  # stands in an assigned container for an item that stays as it is
+
 
 class Tapped(Protocol):
     """What a selection may see of the calls of a tapped target; see `diffsight.engine.tapped_call.Tap`."""
@@ -97,6 +99,8 @@ class Part(Selection):
         return self._put_in_container(whole, value, path, copies)
 
     def _put_in_container(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+        if value is UNCHANGED:
+            return whole
         wholes, tree = _one_level(whole)
         if tree.is_leaf():
             return self._put(whole, value, path, copies)

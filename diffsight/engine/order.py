@@ -7,10 +7,10 @@ show whether it is too late; see `taps`. If they cannot show it, the point count
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from diffsight.engine.points import INPUTS, LAST, Asked, Assignment, Point, PointKey
+from diffsight.engine.points import INPUTS, LAST, LEFT_OUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import in_run
-from diffsight.engine.users_line import set_line
+from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 
@@ -111,9 +111,25 @@ def edited_beside_copy(point: Point) -> OutOfOrderError:
     )
 
 
+def edited_without_gradients(point: Point) -> OutOfOrderError:
+    """Return the error for a value that was changed in place where gradients are off, though the model has them on."""
+    return OutOfOrderError(f"{_as_read(point)} {LEFT_OUT}")
+
+
 def _as_read(point: Point) -> str:
     """Return the path of a point, and the line that read it if that is known, in words."""
     return f"{point.path}, read at {point.read_line}," if point.read_line else point.path
+
+
+def recorded_and_changed(path: str, where: UsersLine) -> OutOfOrderError:
+    """Return the error for a recorded tensor of the model's own that was changed in place later. `where` is the line
+    that recorded it."""
+    error = OutOfOrderError(
+        f"{path}, recorded at {where} with detach=False, was changed in place after the model had passed that point, "
+        f"so its value is lost. Record it with detach=True, or read it there and keep a copy: {in_run(path)}.clone()"
+    )
+    set_line(error, where)
+    return error
 
 
 def changed_by_its_call(asked: Asked) -> OutOfOrderError:

@@ -19,6 +19,10 @@ from diffsight.errors import AssignmentError
 
 INPUTS, OUTPUT = "inputs", "output"
 LAST = math.inf  # the turn of every body that is not an edit
+LEFT_OUT = (  # what is wrong with a change that gradients within the model would not follow
+    "was changed where gradients are off, but the model computes gradients there, which would leave the change out: "
+    "write it within `with torch.enable_grad():`"
+)
 
 PointKey = tuple[str, int]  # the kind (INPUTS or OUTPUT) and the number of the call
 
@@ -147,6 +151,7 @@ class Assignment:
     in_step: bool
     first: int = 0  # the number of the call is counted from here
     order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
+    has_gradients: bool = True  # whether gradients were on where it was assigned
 
     @property
     def part(self) -> str:
@@ -167,6 +172,8 @@ class Assignment:
             A description of how its shape or type differs from those of the model's own value; None if they agree."""
         value, part, selection = self.value, self.asked.part, self.asked.selection
         before, difference = first_input(point.value, self) if part == "input" else point.value, None
+        if not self.has_gradients and point.tap.host.adds_gradients and _loses_gradients(before, value):
+            raise AssignmentError(f"{self} {LEFT_OUT}")
         if selection is not None:
             point.copies = {} if point.copies is None else point.copies
             value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
@@ -206,6 +213,13 @@ def _parts_of_both(before: Any, value: Any) -> Iterator[tuple[Any, Any]]:
     for own, other in pairs:
         if other is not None and isinstance(own, (torch.Tensor, Mapping, tuple, list)):
             yield own, other
+
+
+def _loses_gradients(before: Any, value: Any) -> bool:
+    """Whether a tensor without gradients takes the place of one with gradients."""
+    if isinstance(before, torch.Tensor) and isinstance(value, torch.Tensor):
+        return before.requires_grad and not value.requires_grad
+    return any(_loses_gradients(*pair) for pair in _parts_of_both(before, value))
 
 
 def first_input(inputs: tuple[tuple, dict], path: object) -> Any:

@@ -8,7 +8,7 @@ waiting. `close` ends it where the model stands: after `run.stop()`, after an er
 dropped.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from types import CodeType
 from typing import Any, Protocol
@@ -16,8 +16,10 @@ from typing import Any, Protocol
 from diffsight.engine import order
 from diffsight.engine.batch_dimensions import Layouts
 from diffsight.engine.coroutine import Coroutine
+from diffsight.engine.gradients_at_point import GradientsAtPoint
 from diffsight.engine.late_edits import LateEdits
 from diffsight.engine.model_tree import Tree
+from diffsight.engine.part_containers import FormerContainer, PartContainer
 from diffsight.engine.points import LAST, Assignment, Point
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.tapped_call import Tap
@@ -62,6 +64,7 @@ class RunEnd:
         self.observer: Observer | None = None
         self.unreached: list[Assignment] = []
         self.refused: list[Exception] = []  # why values that were assigned ahead could not be put in place
+        self.end_checks: list[Callable[[], Exception | None]] = []  # called when the run ends; return what was wrong
         self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
@@ -69,6 +72,8 @@ class RunEnd:
         self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
         self._late_edits = LateEdits()
         self.layouts: Layouts | None = None  # which values have the batch as their first dimension, once that was asked
+        self._gradients: GradientsAtPoint | None = None  # if the model computes some in a run without gradients
+        self._held_containers: list[PartContainer | FormerContainer] = []  # those that were read where the model stands
         self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
@@ -136,6 +141,10 @@ class RunEnd:
         self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
         self._late_edits.watched.clear()
         self._called.clear()
+        self._held_containers.clear()
+        self._gradients = None
+        self.refused += filter(None, [check() for check in self.end_checks])
+        self.end_checks.clear()
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None
         self.bodies.calls.clear()
@@ -150,11 +159,16 @@ class RunEnd:
     def _put_back(self) -> None:
         """Restore what the run has changed apart from its taps on the model."""
 
-    def check_assignments(self) -> None:
-        """Raise the error of an assignment that the model's own `except` has swallowed, or NeverReachedError if there
-        are assignments that the model did not reach."""
+    def check_refused(self) -> None:
+        """Raise the error of an assignment that the model's own `except` has swallowed, or of a recorded value that was
+        lost."""
         if self.refused:
             raise self.refused.pop()
+
+    def check_assignments(self) -> None:
+        """Raise what `check_refused` raises, or NeverReachedError if there are assignments that the model did not
+        reach."""
+        self.check_refused()
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
         if missed:
             raise order.never_reached(missed, self.clock.ending)

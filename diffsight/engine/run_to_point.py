@@ -19,11 +19,13 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine import order
 from diffsight.engine.batch_slicing import Selection
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
+from diffsight.engine.gradients_at_point import GradientsAtPoint
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.late_edits import is_trained, moves, shares_memory
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
+from diffsight.engine.part_containers import FormerContainer, PartContainer
 from diffsight.engine.points import (
     INPUTS,
     LAST,
@@ -120,6 +122,8 @@ class Flow(RunEnd):
             point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
         else:
             point = self._find(tap, first, asked, scope)
+        if self._held_containers:
+            self._assign_changes()
         if point.copies:
             point.copies.clear()  # somebody has them now
         if asked.kind == OUTPUT:
@@ -135,7 +139,10 @@ class Flow(RunEnd):
         selected = selection.at(tap, point.index, asked)
         point.parts = point.parts or {}
         point.parts[selection.name] = selected, value
-        return selected.take(value, asked)
+        taken = selected.take(value, asked)
+        if point is self.parked and taken is not value and not isinstance(taken, torch.Tensor):
+            self._held_containers.append(PartContainer(point, asked, taken))
+        return taken
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
         """Assign `value` to a point: now if the model stands there, else when it gets there. `where` is the line
@@ -147,12 +154,16 @@ class Flow(RunEnd):
         scope = self.scope
         tap, first = self._locate(asked, scope)
         key = (asked.kind, find_call(tap, first, asked, asked))
-        assignment = Assignment(asked, value, where or users_line(), scope.in_step, first, scope.order)
+        line = where or users_line()
+        assignment = Assignment(asked, value, line, scope.in_step, first, scope.order, torch.is_grad_enabled())
         if self.parked is not None and self.parked is tap.points.get(key):
+            self._assign_changes()
             before = self.parked.value
             difference = assignment.apply_to(self.parked)
             if difference is not None:
                 self.misshapen[difference] = assignment.where
+            containers = self._held_containers
+            self._held_containers = [one for one in containers if not one.is_replaced_by(assignment, self.parked)]
             self._note_assigned(self.parked, asked.selection, before)
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
             raise order.too_late(asked, "assigned", self.where)
@@ -540,12 +551,16 @@ class Flow(RunEnd):
         coroutine, late_edits = self.coroutine, self._late_edits
         state = coroutine.state.now()
         while True:
+            if self._held_containers:
+                self._assign_changes(moves_on=True)
             if late_edits.watched and (
                 changed := late_edits.changed() if state.is_plain else unseen(late_edits.changed)
             ):
                 self._check_late_edits(changed)
             if self._called and call is None:
                 self._let_go_of_called()
+            if self._gradients is not None:
+                self._check_gradients()
             left, self.parked = self.parked, None
             moves.count += 1
             self.taps.hooked.renew()  # before the model moves
@@ -568,6 +583,8 @@ class Flow(RunEnd):
             else:
                 self.parked = value
                 self._stands = value or self._stands
+                if value is not None and state is not coroutine.state and self.adds_gradients:
+                    self._gradients = unseen(GradientsAtPoint, value)
                 if not (bodies.edits or bodies.functions):
                     return value
                 turns, continues = bodies.take_turn()
@@ -594,6 +611,34 @@ class Flow(RunEnd):
             self._late_edits.watched.clear()  # so that it is reported once
             raise error
 
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether the model computes gradients where it is, in a run that was opened without."""
+        if self.state.grad:
+            return False
+        return torch.is_grad_enabled() if self.coroutine.is_running else self.coroutine.state.grad
+
+    def _check_gradients(self) -> None:
+        """Raise OutOfOrderError if a body has changed the value where the model stands in a way that the model's
+        gradients would leave out."""
+        gradients, self._gradients = self._gradients, None
+        if unseen(gradients.were_bypassed):
+            raise order.edited_without_gradients(gradients.point)
+
+    def _assign_changes(self, moves_on: bool = False) -> None:
+        """Assign what the bodies have set in the containers in which they have read a part of a value."""
+        for container in self._held_containers:
+            point, before = container.point, container.point.value
+            if not container.assign_changes():
+                continue
+            selection = container.asked.selection
+            self._note_assigned(point, selection, before)
+            point.parts = point.parts or {}
+            point.parts[selection.name] = selection.at(point.tap, point.index, container.asked), point.value
+        if moves_on:  # except from where bodies have asked for calls that are being made
+            stands = [point for point, *_ in self.bodies.calls]
+            self._held_containers = [one for one in self._held_containers if any(one.point is at for at in stands)]
+
     def _note_assigned(self, point: Point, selection: Selection | None, before: Any) -> None:
         """Take note that a value was assigned where the model stands, in place of (a part of) `before`.
 
@@ -610,6 +655,8 @@ class Flow(RunEnd):
             for leaf in tree_leaves(before):
                 if id(leaf) not in kept:
                     unseen(self._late_edits.watch, point, leaf)
+            if point.is_whole_read and not isinstance(before, torch.Tensor):
+                self._held_containers.append(FormerContainer(point, before))
 
     def _open_to_changes(self) -> list[Any]:
         """Return the values that a body may change in place: where the model stands, and those that are assigned

@@ -57,6 +57,7 @@ class Host(Protocol):
     parked: Point | None  # where the model stands, if it waits at a point
     state: TorchState  # the state in which the run was opened
     refused: list[Exception]  # why values that were assigned ahead could not be put in place
+    adds_gradients: bool  # whether the model computes gradients where it is, in a run that was opened without
     misshapen: dict[str, UsersLine]  # assigned values whose shape or type differs from the model's own, in words
 
     def arrive(self, point: Point, state: TorchState | None) -> None:

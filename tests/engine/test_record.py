@@ -1,5 +1,8 @@
 """Records of many points, compared with hand-written hooks."""
 
+from collections import UserDict
+
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +60,23 @@ def test_attached_values_carry_gradients(net, x):
         kept = run.record("layers[1]", detach=False)
     (gradient,) = torch.autograd.grad(run.result.sum(), kept["layers[1].output"])
     assert gradient.any()
+
+
+@pytest.mark.parametrize("end", [lambda run: run.finish(), lambda run: run.stop()])
+def test_an_attached_value_that_the_model_changes_in_place_is_an_error(x, end):
+    net = torch.nn.Sequential(linear(), torch.nn.ReLU(inplace=True), linear(1))
+    with pytest.raises(OutOfOrderError, match=r"\[0\].output, recorded at .*:\d+ with detach=False, was changed"):
+        with Model(net).trace(x) as run:
+            run.record(["[0]", "[2]"], detach=False)
+            run[1].output
+            end(run)
+    with torch.no_grad(), Model(net).trace(x) as run:  # there is no graph: it is a copy
+        kept = run.record("[0]", detach=False)
+    assert torch.equal(kept["[0]"], net[0](x)) and (kept["[0]"] < 0).any()
+    with Model(net).trace(x) as run:
+        kept = run.record(["[1]", "[2]"], detach=False)
+    kept["[2]"].mul_(2)
+    assert torch.equal(run.result, kept["[2]"])
 
 
 def test_device_dtype_and_memory(net, x):
@@ -187,6 +207,26 @@ def test_objects_that_hold_tensors_are_copied_and_counted(gpt2, ids, greedy):
     logits = [output.logits for output in kept["output"]]
     assert kept.nbytes == sum(tensor.nbytes for tensor in (*inside, *logits))
     assert len(kept.tensors) == len(inside) + len(logits)
+
+
+def test_objects_that_are_changed_later_are_copied_as_well(gpt2, ids, greedy):
+    """Arrays, and a cache that is still empty."""
+    with Model(gpt2).generate(ids, **greedy) as run:
+        kept = run.record("transformer.h[0].attn.inputs")
+    caches = [kwargs["past_key_values"] for _, kwargs in kept["transformer.h[0].attn.inputs"]]
+    assert [cache.get_seq_length() for cache in caches] == [0, 3, 4, 5]
+    seen = UserDict(count=np.zeros(1), names=set())
+
+    def add(module, seen):
+        seen["count"] += 1
+        seen["names"].add(len(seen["names"]))
+        return seen["count"]
+
+    net = Calling(lambda m, x: x * float(m.add(seen)[0]) * float(m.add(seen)[0]), add=Calling(add))
+    with Model(net).trace(torch.ones(1)) as run:
+        kept = run.record(["add", "add.input"])
+    assert [float(count[0]) for count in kept["add.output"]] == [1, 2] and run.result == 2
+    assert [(float(given["count"][0]), given["names"]) for given in kept["add.input"]] == [(0, set()), (1, {0})]
 
 
 def test_objects_without_tensors_are_kept_as_they_are(net, x):

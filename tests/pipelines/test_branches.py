@@ -244,6 +244,21 @@ def test_inputs_and_output_objects_are_narrowed():
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "wan"])
+def test_an_argument_that_is_set_reaches_the_branch(name):
+    case = CASES[name]
+    denoiser = case.block.partition(".")[0]
+    with generate(case) as run:
+        for _ in run.steps:
+            text = run.cond[denoiser].inputs[1]["encoder_hidden_states"]
+            run.uncond[denoiser].inputs[1]["encoder_hidden_states"] = text.clone()
+    with generate(case) as same:
+        for _ in same.steps:
+            same.uncond[denoiser].output = (same.cond[denoiser].output[0].clone(),)
+    assert torch.allclose(drawn(run), drawn(same), atol=1e-4)
+    assert not torch.allclose(drawn(run), drawn_plainly(case), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "wan"])
 def test_a_negative_prompt_that_is_the_prompt(name):
     case = CASES[name]
     for branch in ("cond", "uncond"):
