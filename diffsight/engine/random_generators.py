@@ -6,7 +6,6 @@ with kept_generators(generators):
                                             # here all generators are as before
 """
 
-import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from diffsight.engine.torch_state import kept_random_state, random_state
 
@@ -30,10 +30,10 @@ def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
     return [random, *of_numpy, *(one for one in found.values() if not isinstance(one, random.SystemRandom))]
 
 
-def states_of(generators: Iterable[Any]) -> bytes:
+def states_of(generators: Iterable[Any]) -> list[Any]:
     """Return the states of some generators, and of PyTorch's global ones, for comparing them."""
     states = [*random_state(), *map(_state_of, generators)]
-    return pickle.dumps([one.tolist() if isinstance(one, torch.Tensor) else one for one in states])
+    return tree_map(lambda value: value.tolist() if hasattr(value, "tolist") else value, states)  # arrays and tensors
 
 
 def _held_by(module: nn.Module) -> Iterator[Any]:
