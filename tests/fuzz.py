@@ -790,6 +790,7 @@ def interrupted(case: Case, rng: random.Random) -> str | None:
     if not where:
         return None
     gc.collect(0)
+    unwrap(net)  # again, since a run that was open until now has put back what it found
     if thread_state() != before:
         return f"an interrupt ({where}) leaves {thread_state()}, it was {before}"
     left = [name for name, m in net.named_modules() if "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks]
