@@ -33,12 +33,16 @@ def with_sample(output: Any, sample: torch.Tensor) -> Any:
 
 def ending_with(pipeline: Any, latents: torch.Tensor, step: int) -> dict[str, Any]:
     """Return arguments with which a pipeline has other latents at the end of a step, whatever it pastes into those of
-    the scheduler, such as a given image. There are none if the pipeline has no callback that may replace latents."""
+    the scheduler, such as a given image.
+
+    There are none if the pipeline has no callback that may replace latents. The callback replaces nothing if the
+    pipeline has made latents of another shape out of those of the scheduler."""
     name, known = "callback_on_step_end", call_defaults(pipeline)
     if name not in known or "latents" not in getattr(pipeline, "_callback_tensor_inputs", ()):
         return {}
 
     def replaced(pipeline: Any, index: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"latents": latents.to(tensors["latents"])} if index == step else {}
+        own = tensors["latents"]
+        return {"latents": latents.to(own)} if index == step and latents.shape[1:] == own.shape[1:] else {}
 
     return {name: replaced, f"{name}_tensor_inputs": ["latents"]}

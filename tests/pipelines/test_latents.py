@@ -83,6 +83,16 @@ def test_decoding_pastes_nothing_into_the_latents(given):
     assert same(images, pipe.image_processor.postprocess(decoded, "pt"))
 
 
+def test_decoding_where_the_pipeline_puts_the_first_frame_before_the_latents():
+    kind = diffusion.PIPELINES["ltx"]
+    pipe = diffusion.quiet_pipeline(diffusers.LTXImageToVideoPipeline, **kind.build().components)
+    model, inputs = DiffusionModel(pipe), {**kind.inputs(), "image": diffusion.IMAGE}
+    with model.generate(**inputs, seed=SEED) as run:
+        latents = [step.latents for step in run.steps]
+    frames = model.decode(latents[-1], **inputs | {"num_inference_steps": 1, "seed": SEED})
+    assert same(torch.as_tensor(frames), torch.as_tensor(drawn(run)))
+
+
 def test_latents_that_cannot_be_drawn(sd):
     model = DiffusionModel(sd)
     assert "pass the arguments of the call that made them" in refusal(model.decode, torch.zeros(1, 4, 3, 3), **SD())
