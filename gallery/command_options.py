@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsight.errors import InputError
-from diffsight.gallery.option_parsing import parse_layers, parse_positive, parse_seed, parse_seeds, parse_setting
+from diffsight.gallery.option_parsing import parse_argument, parse_layers, parse_positive, parse_seed, parse_seeds
 from diffsight.pipelines.valid_text import check_text
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def add_drawing(parser: argparse.ArgumentParser, several_seeds: bool = True) -> 
         dest="settings",
         action="append",
         default=[],
-        type=parse_setting,
+        type=partial(parse_argument, takes_seeds=several_seeds),
         metavar="NAME=VALUE",
         help="another argument of the pipeline, such as guidance_scale=3; may be repeated",
     )

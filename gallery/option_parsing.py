@@ -7,6 +7,15 @@ import argparse
 import ast
 from typing import Any
 
+from diffsight.pipelines.diffusion.input_counts import PER_INPUT
+
+_INSTEAD = {  # what to write in place of an argument of a pipeline
+    "num_inference_steps": "write --steps {}",
+    "output_type": "omit it, the command writes images",
+    "prompt": "write the prompt itself, in quotes",
+    "seed": "write --seed {}",
+}
+
 
 def parse_layers(text: str) -> list[int | str | slice]:
     """Parse layers: `embedding,0:4,-1` becomes `["embedding", slice(0, 4), -1]`."""
@@ -100,6 +109,22 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def parse_argument(text: str, takes_seeds: bool) -> tuple[str, Any]:
+    """Parse a setting of a command that draws. Arguments that the command determines itself are refused.
+
+    Args:
+        text: The setting.
+        takes_seeds: Whether the command has the option `--seeds`.
+    """
+    name, value = parse_setting(text)
+    instead = _INSTEAD.get(name)
+    if name in PER_INPUT:
+        instead = "write --seeds 0:{} for several images" if takes_seeds else "omit it, the command draws one image"
+    if instead is not None:
+        raise argparse.ArgumentTypeError(f"{text!r}: {instead.format(value)}")
+    return name, value
 
 
 def parse_positive(text: str) -> int:

@@ -306,7 +306,8 @@ def _steering_sweep(options: argparse.Namespace) -> None:
     layers = options.sites.split(",") if options.sites else options.layers
     reading = {name: value for name, value in arguments.items() if name in (*model.argument_names, "seed")}
     vector = steering_vector(model, *sides, layers=layers, **reading)
-    result = steering_sweep(model, options.prompt, vector=vector, factors=options.factors, **arguments)
+    arguments |= {"vector": vector, "factors": options.factors, "seed": options.seed}
+    result = steering_sweep(model, options.prompt, **arguments)
     print_paths(result.save(options.out))
 
 

@@ -8,8 +8,9 @@
     draw_latents(model, recorder, latents, {"prompt": prompt, "seed": 0})
 
 The call of the pipeline is repeated without computing its components: each is skipped and returns its earlier output.
-The last `scheduler.step` then returns all latents as one batch, and the pipeline draws this batch. Edits of the model
-have no effect in this call.
+The last `scheduler.step` then returns all latents as one batch, and the pipeline draws this batch. Where a pipeline
+pastes a given image into the latents after each step, a callback replaces them again. Edits of the model and callbacks
+of the user have no effect in this call.
 """
 
 import warnings
@@ -21,7 +22,7 @@ from torch import nn
 
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.components import components
-from diffsight.pipelines.diffusion.latents import with_sample
+from diffsight.pipelines.diffusion.latents import ending_with, with_sample
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
@@ -102,10 +103,11 @@ def check_drawn(model: DiffusionModel, result: Any) -> Sequence[Any]:
 def _draw(
     model: DiffusionModel, recorder: CallRecorder, latents: Sequence[torch.Tensor], call: Mapping[str, Any]
 ) -> Sequence[Any]:
-    with model.generate(**call) as run:
+    batch, step = torch.cat(list(latents)), recorder.steps - 1
+    with model.generate(**{**call, **ending_with(model.pipeline, batch, step)}) as run:
         recorder.skip(run)
-        last = run.scheduler.step.calls[recorder.steps - 1]
-        last.output = with_sample(last.output, torch.cat(list(latents)))
+        last = run.scheduler.step.calls[step]
+        last.output = with_sample(last.output, batch)
     drawn = check_drawn(model, run.result)
     if len(drawn) != len(latents):
         raise InputError(

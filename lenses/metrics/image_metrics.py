@@ -111,7 +111,9 @@ class ClipScore(ImageMetric):
 
 
 def latent_distance() -> LatentDistance:
-    """Return the metric: the root mean square distance of a row's last latents from those of the clean run."""
+    """Return the metric: the root mean square distance of a row's last latents from those of the clean run.
+
+    These are the latents that the last `scheduler.step` returned, without what a callback changes afterwards."""
     return LatentDistance()
 
 

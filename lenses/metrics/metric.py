@@ -29,7 +29,8 @@ class Outcome:
             its logits are there, (rows, 1, vocabulary). If the model generates, these are the logits of each generated
             token.
         images: The images that a pipeline drew, one for each row.
-        latents: The last latents of the denoising, (rows, ...).
+        latents: The latents that the last `scheduler.step` returned, (rows, ...). What the pipeline or a callback does
+            with them afterwards is not in them.
     """
 
     logits: torch.Tensor | None = field(default=None, repr=False)

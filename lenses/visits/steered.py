@@ -17,6 +17,7 @@ from diffsight.lenses.visits.visited_steps import VisitedSteps
 from diffsight.lenses.visits.visiting import Visit, is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.language.text_configs import WRITES, text_config
 
 Positions = int | Sequence[int] | torch.Tensor | None
 
@@ -169,7 +170,7 @@ def _check_width(model: Any, points: Sequence[NamedPoint], vectors: Mapping[Poin
     """Check the vectors of numbered layers. The width of other modules is known when they are called."""
     if not isinstance(model, LanguageModel):
         return
-    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    width = getattr(text_config(model.config, WRITES), "hidden_size", None)
     for point in points:
         found = vectors[point.name].shape[-1]
         if not isinstance(point.name, str) and width not in (None, found):

@@ -60,7 +60,7 @@ def visiting(
         points: The points.
         function: Takes the visit. If it returns a tensor, (batch, ..., features), the model continues with that.
         branch: "cond", "uncond" or "both" branches of guidance. None means the conditional branch where there are
-            branches: in the denoisers and text encoders of a pipeline.
+            branches: in the denoisers and text encoders of a pipeline that takes a prompt or a guidance scale.
 
     Raises:
         InputError: There are no branches at a point.
@@ -95,10 +95,15 @@ def _branch_at(model: Any, point: NamedPoint, branch: str | None) -> str:
     if branch is not None and branch not in BRANCHES:
         raise InputError(f"branch must be one of {', '.join(map(repr, BRANCHES))}, not {branch!r}")
     if has_branches(model, point):
-        return branch or "cond"
+        return branch or ("cond" if _takes_guidance(model) else "both")
     if branch is not None:
         raise InputError(f"there are no branches of guidance at {point.name}: omit branch")
     return "both"
+
+
+def _takes_guidance(model: DiffusionModel) -> bool:
+    """Return whether a pipeline may have guidance. An unconditional one has a single branch."""
+    return any("prompt" in name or "guidance" in name for name in model.argument_names)
 
 
 def _visitor(

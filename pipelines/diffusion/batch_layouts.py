@@ -95,7 +95,10 @@ class BatchLayouts:
         if component.key not in tap.host.clock.starts:
             return f"{unknown} words that match neither the prompt alone nor the negative prompt alone"
         if not self._embeddings:
-            return f"{unknown} no text that {type(self._pipeline).__name__}.encode_prompt returned"
+            return (
+                f"{unknown} no text that {type(self._pipeline).__name__}.encode_prompt returned. Read it on the run "
+                'itself, or pass branch="both" to a lens'
+            )
         return f"{unknown} text that differs from what encode_prompt returned for the prompt and the negative prompt"
 
     # ---- reports from the engine

@@ -13,7 +13,11 @@ from diffsight.errors import InputError
 from diffsight.extending import Model
 from diffsight.pipelines.diffusion.call_arguments import argument_names, call_defaults
 from diffsight.pipelines.diffusion.encoding import PLAIN_PROMPT, required_arguments
+from diffsight.pipelines.diffusion.latents import ending_with
 from diffsight.pipelines.diffusion.run import progress_bar
+from diffsight.remote import is_on_server
+
+_OF_IMAGES = 4  # dimensions of latents that are not packed: batch, channels, rows, columns
 
 
 def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments: Mapping[str, Any]) -> Sequence[Any]:
@@ -28,7 +32,8 @@ def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments
         InputError: The latents have a different shape from the pipeline's, or it does not decode them after one step.
     """
     batch, pipeline = _joined(latents), model.pipeline
-    name, call = type(pipeline).__name__, _one_step(pipeline) | arguments
+    name, call = type(pipeline).__name__, _one_step(pipeline, batch) | arguments
+    call |= {} if is_on_server(model) else ending_with(pipeline, batch, step=0)
     with torch.no_grad(), progress_bar(pipeline, disable=True), model.generate(**call) as run:
         for step in run.steps:
             if step.index:
@@ -46,11 +51,14 @@ def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments
     return drawn
 
 
-def _one_step(pipeline: Any) -> dict[str, Any]:
+def _one_step(pipeline: Any, latents: torch.Tensor) -> dict[str, Any]:
     """Return the arguments of a call that makes one step."""
-    arguments = {"prompt": PLAIN_PROMPT, "num_inference_steps": 1}
+    arguments = {"prompt": PLAIN_PROMPT, "num_inference_steps": 1, "strength": 1.0}  # less would leave no step
     known = call_defaults(pipeline)
     found = {name: value for name, value in arguments.items() if name in known} | required_arguments(pipeline)
+    if "image" in found and "height" not in known and latents.ndim == _OF_IMAGES:
+        height, width = (size * getattr(pipeline, "vae_scale_factor", 1) for size in latents.shape[2:])
+        found["image"] = found["image"].resize((width, height))
     return found | ({"seed": 0} if "generator" in argument_names(pipeline) else {})
 
 

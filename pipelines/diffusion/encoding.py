@@ -238,9 +238,11 @@ def _open_encode_prompt(model: Model) -> DiffusionRun:
 
 
 def required_arguments(pipeline: Any) -> dict[str, Any]:
-    """Return stand-ins for the images that a pipeline requires, and turn off its preference for certain image sizes."""
-    known = dict.fromkeys(("image", "mask_image", "control_image"), Image.new("RGB", (64, 64), "gray"))
-    known["use_resolution_binning"] = False
+    """Return stand-ins for the images that a pipeline requires, and turn off its preference for certain image sizes.
+
+    The mask is white: nothing of the image is kept."""
+    known: dict[str, Any] = dict.fromkeys(("image", "control_image"), Image.new("RGB", (64, 64), "gray"))
+    known |= {"mask_image": Image.new("RGB", (64, 64), "white"), "use_resolution_binning": False}
     names = required_inputs(pipeline) if isinstance(pipeline, ModularPipeline) else call_defaults(pipeline)
     return {name: value for name, value in known.items() if name in names}
 

@@ -9,7 +9,6 @@ with model.generate("a red circle above a blue square", seed=17) as run:
 run.images
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -34,13 +33,14 @@ from diffsight.extending import (
 from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.attention_processors import processors_restored
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
-from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
+from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name, call_defaults
 from diffsight.pipelines.diffusion.clip_skip import check_clip_skip
 from diffsight.pipelines.diffusion.components import components, text_encoder_names
 from diffsight.pipelines.diffusion.decoding import draw
 from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
+from diffsight.pipelines.diffusion.input_counts import PER_INPUT, check_labels, count_images_each, count_inputs
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.pipeline_copies import stateful_parts
 from diffsight.pipelines.diffusion.pipelines_in_use import PipelineOfRun
@@ -50,8 +50,6 @@ from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
 from diffsight.pipelines.valid_text import check_text
 from diffsight.remote import ServedModel, is_on_server, put_on_server
-
-_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
 
 class DiffusionModel(HasEncoders, Model):
@@ -217,7 +215,9 @@ class DiffusionModel(HasEncoders, Model):
         flow_of(run).clock.is_last = lambda target, *call: is_last_step(own.pipeline, target.owner, *call)
         flow_of(run).clock.count = lambda: count_of_steps(own.pipeline)
         flow_of(run).seed = None if seeds is None else seeds[0]  # for noise drawn without a generator
-        flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
+        flow_of(run).observer = BatchLayouts(
+            self._owner, arguments, count_inputs(arguments), count_images_each(arguments)
+        )
         return run
 
     def encode(self, prompt: str | Sequence[str], **arguments: Any) -> Any:
@@ -293,9 +293,12 @@ class DiffusionModel(HasEncoders, Model):
         steps = arguments.get("num_inference_steps")
         if isinstance(steps, float) and not steps.is_integer():
             raise InputError(f"num_inference_steps must be a whole number, not {steps}")
-        for name in ("num_inference_steps", *_PER_PROMPT):
+        for name in ("num_inference_steps", *PER_INPUT):
             if isinstance(arguments.get(name), int) and arguments[name] < 1:
                 raise InputError(f"{name} must be 1 or more, not {arguments[name]}")
+        defaults = call_defaults(self._owner)
+        if "batch_size" in defaults:
+            check_labels(type(self._owner).__name__, arguments, (defaults | arguments)["batch_size"])
         check_clip_skip(self._owner, arguments.get("clip_skip"))
         return arguments, None if seed is None else self._seeds(seed, arguments)
 
@@ -305,7 +308,7 @@ class DiffusionModel(HasEncoders, Model):
             raise InputError("pass either seed or generator, not both")
         if "generator" not in self.argument_names:
             raise InputError(f"{name} does not take a generator, so it cannot be seeded")
-        count = _inputs(arguments) * _images_each(arguments)
+        count = count_inputs(arguments) * count_images_each(arguments)
         return seeds_of_images(seed, count)
 
     # ---- envoys
@@ -365,19 +368,3 @@ def _detached_images(pipeline: DiffusionPipeline) -> Iterator[None]:
         yield
     finally:
         detached.remove()
-
-
-def _inputs(arguments: dict[str, Any]) -> int:
-    """Return the number of prompts, or of other inputs, of a call."""
-    for name in ("prompt", "prompt_embeds", "image"):
-        given = arguments.get(name)
-        if given is not None:
-            single = 3 if name == "image" else 2  # dimensions of a single input
-            several = isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > single)
-            return len(given) if several else arguments.get("batch_size", 1)
-    return arguments.get("batch_size", 1)
-
-
-def _images_each(arguments: dict[str, Any]) -> int:
-    """Return how many images a call makes for each of its inputs."""
-    return math.prod(arguments.get(name) or 1 for name in _PER_PROMPT)

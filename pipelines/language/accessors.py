@@ -39,6 +39,7 @@ from diffsight.extending import (
 )
 from diffsight.pipelines.attention.attention_values import attention_value
 from diffsight.pipelines.language.heads_result import heads_result
+from diffsight.pipelines.language.text_configs import WRITES, text_config
 from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
 from diffsight.pipelines.language.value_parts import FIRST, Added, HiddenInput, Logits, NextLogits, Within
 from diffsight.pipelines.module_spans import Span
@@ -279,7 +280,7 @@ class Accessors(LayerAccessors):
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
             layers = [owner_of(layer) for layer in self._layers()]
             return run_tail(tree.root.owner, layers, structure.tuples, structure.layout, hidden)
-        width = getattr(tree.root.owner.config.get_text_config(), "hidden_size", None)
+        width = getattr(text_config(tree.root.owner.config, WRITES), "hidden_size", None)
         if isinstance(width, int) and hidden.shape[-1] != width:
             raise InputError(f"project_on_vocab takes hidden states of {width} features, not {hidden.shape[-1]}")
         return norm_and_head([tree.target_named(tree.root, name) for name in ("ln_final", "lm_head")], hidden)

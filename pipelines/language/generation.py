@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from diffsight.errors import InputError, suggest
 from diffsight.extending import (
+    FORWARD,
     Asked,
     Clock,
     Points,
@@ -31,6 +32,7 @@ from diffsight.extending import (
     Target,
     current_owner,
     flow_of,
+    join,
     keeping_attribute_errors,
     raise_kept,
     tree_of,
@@ -39,6 +41,7 @@ from diffsight.extending import (
 )
 from diffsight.pipelines.arguments import named_arguments
 
+_GENERATE = "generate"  # the method of a model
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes bytes that are not a whole character yet
 _CHOICE = re.compile(r"tokens|steps\[\d+\]\.tokens")  # the names of a choice of tokens in a run
 _SEVERAL = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -59,33 +62,46 @@ class Choice(NamedTuple):
 class TokenClock(Clock):
     """Begins a step at the first forward pass after a choice of tokens, and one for each further token of that choice.
 
+    The forward passes are those of the model that chooses the tokens: a model inside, if its `generate` is given the
+    stopping criterion.
+
     Args:
-        starts, ends: As in `Clock`.
-        choices: The choices of tokens, as they are made.
-        end_tokens: The tokens that end a text.
+        starts: As in `Clock`.
+        generated: The stopping criterion.
+        inside: The models inside that can generate.
     """
 
-    def __init__(
-        self, starts: Sequence[Target], ends: Sequence[Target], choices: list[Choice], end_tokens: set[int]
-    ) -> None:
-        super().__init__(starts, ends)
-        self._choices, self._end_tokens = choices, end_tokens
+    def __init__(self, starts: Sequence[Target], generated: "GeneratedTokens", inside: Sequence[Target]) -> None:
+        super().__init__(starts, [generated.target])
+        self.watched |= {target.key for target in inside}
+        self._generated = generated
+
+    def begins(self, target: Target, args: tuple, kwargs: dict) -> bool:
+        if target.name != _GENERATE:
+            return super().begins(target, args, kwargs)
+        if self._generated in (kwargs.get("stopping_criteria") or ()):
+            self.starts = frozenset([(target.key[0], FORWARD)])
+        return False
 
     @property
     def ending(self) -> str:
-        if not self._choices:
+        choices = self._generated.choices
+        if not choices:
             return ""
-        count, last = len(self._choices), self._choices[-1]
-        is_end = all(self._end_tokens.intersection(row) for row in last.ids[:, last.start :].tolist())
+        count, last = len(choices), choices[-1]
+        is_end = all(self._generated.end_tokens.intersection(row) for row in last.ids[:, last.start :].tolist())
         return f" after {count} token{'s' * (count > 1)}{' (at the end-of-text token)' * is_end}"
 
     def check_counted(self, title: str) -> None:
-        if self.index >= 0 and not self.has_ended_one:
-            raise InputError(
-                f"run.steps: the steps of this run cannot be counted, because {title} did not call its stopping "
-                "criteria, which tell when a token was chosen. Read values on the run itself, and .calls[i] for later "
-                "forward passes"
-            )
+        if (self.index >= 0) == self.has_ended_one:
+            return
+        why = "did not call its stopping criteria, which tell when a token was chosen"
+        if self.has_ended_one:
+            why = "chose tokens without a forward pass of its own"
+        raise InputError(
+            f"run.steps: the steps of this run cannot be counted, because {title} {why}. Read values on the run "
+            "itself, and .calls[i] for later forward passes"
+        )
 
 
 class GeneratedTokens(StoppingCriteria):
@@ -95,7 +111,7 @@ class GeneratedTokens(StoppingCriteria):
         self.tokenizer = tokenizer
         self.choices: list[Choice] = []
         self.has_beams = False
-        self._end_tokens: set[int] = set()
+        self.end_tokens: set[int] = set()
         self._clock = Clock([])
         self._prompt: int | None = None  # the number of tokens before the first choice, if one choice may add several
         self._is_new = True  # whether the next choice is the first of a text
@@ -131,13 +147,14 @@ class GeneratedTokens(StoppingCriteria):
         several = any(setting(net, arguments, name) for name in _SEVERAL)
         self._prompt = _prompt_length(net, arguments) if several else None
         ends = setting(net, arguments, "eos_token_id")
-        self._end_tokens.update([] if ends is None else torch.as_tensor(ends).flatten().tolist())
+        self.end_tokens.update([] if ends is None else torch.as_tensor(ends).flatten().tolist())
         self.has_beams = setting(net, arguments, "num_beams") not in (None, 1)
         return StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), self])
 
-    def clock_from(self, models: Sequence[Target]) -> Clock:
-        """Return a clock whose steps begin at a forward pass of one of `models` and end with a choice of tokens."""
-        self._clock = TokenClock(models, [self.target], self.choices, self._end_tokens)
+    def clock_from(self, models: Sequence[Target], inside: Sequence[Target]) -> Clock:
+        """Return a clock whose steps begin at a forward pass of one of `models`, or of one of the models inside that is
+        to choose the tokens, and end with a choice of tokens."""
+        self._clock = TokenClock(models, self, inside)
         return self._clock
 
     def _continues(self, ids: torch.Tensor) -> bool:
@@ -313,8 +330,20 @@ def _incomplete_end(text: str) -> str:
 def set_generated(run: GenerationRun, generated: GeneratedTokens, model: Target) -> None:
     """Make a run count and read its tokens from `generated`, one of the stopping criteria of `model`."""
     run._generated = generated
-    inside = wrapped_targets(model)  # a wrapper passes `generate` on to its model, which then calls itself
-    for target in inside:
+    wrapped = wrapped_targets(model)  # a wrapper passes `generate` on to its model, which then calls itself
+    inside = _generating_inside([model, *wrapped][-1])
+    generates = [Target(target.owner, _GENERATE, join(target.path, _GENERATE)) for target in inside]
+    for target in (*wrapped, *inside, *generates):
         flow_of(run).taps.add(target)
-    flow_of(run).clock = generated.clock_from([model, *inside])
+    flow_of(run).clock = generated.clock_from([model, *wrapped], inside)
     flow_of(run).mirror(Asked(generated.target, "input"), lambda ids: generated(ids, None))
+
+
+def _generating_inside(model: Target) -> list[Target]:
+    """Return the models inside a model whose `generate` it may call in its own."""
+    if getattr(type(model.owner), _GENERATE, None) is GenerationMixin.generate:
+        return []
+    waiting = model.inner()
+    for target in waiting:
+        waiting += target.inner()
+    return [target for target in waiting if isinstance(target.owner, GenerationMixin)]

@@ -21,6 +21,7 @@ from torch import nn
 from diffsight.errors import InputError, suggest
 from diffsight.extending import unwrapped
 from diffsight.pipelines.language.padding import pad, padding_token
+from diffsight.pipelines.language.text_configs import READS, text_config
 from diffsight.pipelines.loading_errors import reason_of
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.pipelines.valid_text import check_text
@@ -292,7 +293,7 @@ def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
         wrong = int(tokens.max()) if tokens.max() >= words else int(tokens.min())
         raise InputError(f"there is no token {wrong}: the token ids of the model are 0 to {words - 1}")
     config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(config, READS) if hasattr(config, "get_text_config") else config
     context = getattr(config, "max_position_embeddings", None)
     context = context - _first_position(model) if isinstance(context, int) else 0
     if 0 < context < tokens.shape[-1]:

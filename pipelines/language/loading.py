@@ -19,6 +19,7 @@ from diffsight.pipelines.folder_checks import check_configurations, check_vocabu
 from diffsight.pipelines.hub_access import hub_access
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
+from diffsight.pipelines.language.text_configs import WRITES, text_config
 from diffsight.pipelines.loading_arguments import UNTRUSTED, check_model_arguments, with_dtypes
 from diffsight.pipelines.loading_errors import explained, first_line, reason_of
 from diffsight.pipelines.local_paths import find_path, shortened
@@ -122,7 +123,7 @@ def check_loading(source: Source, arguments: Mapping[str, Any]) -> None:
 def _checked(place: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
     """Return the model's configuration and class. Raise InputError if it does not take the arguments."""
     config, others = _configuration(place, arguments)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    layers = getattr(text_config(config, WRITES), "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 0:
         raise ValueError(f"its configuration has {layers} layers")
     kind = _kind(config)

@@ -160,9 +160,16 @@ class LanguageRun(GenerationRun):
             stopped = stopped and self._generated.choices
             result = self._generated.choices[-1].ids if stopped else self.result
             ids = result["sequences"] if isinstance(result, Mapping) else result
-            has_prompt = self.tokens is not None and not owner_of(self._model).config.is_encoder_decoder
-            start = self.tokens.shape[-1] if has_prompt else 0
-            return one_or_many([decoded(self._model.tokenizer, row) for row in ids[:, start:]])
+            return one_or_many([decoded(self._model.tokenizer, row) for row in ids[:, self._start_of_text :]])
+
+    @property
+    def _start_of_text(self) -> int:
+        """The index at which the generated text begins. A model may leave out a part of the prompt."""
+        if owner_of(self._model).config.is_encoder_decoder:
+            return 0
+        if self._generated.choices:
+            return self._generated.choices[0].start
+        return 0 if self.tokens is None else self.tokens.shape[-1]
 
     def __del__(self) -> None:
         if self._streamer is not None and not flow_of(self).has_begun and flow_of(self).outcome is None:

@@ -106,10 +106,12 @@ def test_steering_sweep(saved_models, model):
     Path("a.txt").write_text("A cat sat\nThe king\n")
     Path("b.txt").write_text("The capital\nhello cat\n")
     options = ("--layers", "1", "--factors", "0,4", "--set", "max_new_tokens=3", "--model", saved_models / "language")
-    assert run("steering-sweep", "A cat", "--positive", "a.txt", "--negative", "b.txt", *options, "--out", "out") == 0
+    options += ("--set", "do_sample=True", "--seed", 7, "--out", "out")
+    assert run("steering-sweep", "A cat", "--positive", "a.txt", "--negative", "b.txt", *options) == 0
     sides = ["A cat sat", "The king"], ["The capital", "hello cat"]
     vector = steering_vector(model, *sides, layers=[1], progress=False)
-    want = steering_sweep(model, "A cat", vector=vector, factors=[0, 4], max_new_tokens=3, progress=False)
+    more = {"max_new_tokens": 3, "do_sample": True, "seed": 7}
+    want = steering_sweep(model, "A cat", vector=vector, factors=[0, 4], progress=False, **more)
     assert json.loads(Path("out/lens.json").read_text())["texts"] == [list(row) for row in want.texts]
 
 

@@ -6,7 +6,7 @@ import torch
 from diffsight import DiffusionModel, Model, steer
 from diffsight.errors import InputError, PointNotFoundError
 from helpers import SEED, draw, module_at
-from models import diffusion
+from models import denoisers, diffusion
 
 FACTOR = 3.0
 
@@ -240,3 +240,23 @@ def test_a_block_that_returns_text_and_image_needs_to_be_told_which():
     steered = steer(DiffusionModel(small.build()), "transformer.transformer_blocks[1]", vector(32))
     with pytest.raises(InputError, match=r"has several tensors: write .*output\[0\] or .*output\[1\]"):
         steered.generate(**small.inputs(), seed=SEED).result
+
+
+def test_an_unconditional_pipeline_has_one_branch():
+    kind, direction = diffusion.PIPELINES["ddpm"], vector(32)
+    pipe = kind.build()
+    handle = pipe.unet.mid_block.register_forward_hook(lambda module, args, output: output + direction[:, None, None])
+    want = draw(pipe, kind.inputs(), SEED)
+    handle.remove()
+    got = steer(DiffusionModel(pipe), "unet.mid_block", direction).generate(**kind.inputs(), seed=SEED).images
+    assert torch.equal(torch.as_tensor(got), torch.as_tensor(want))
+
+
+def test_branches_that_cannot_be_told_apart_are_steered_together():
+    pipe = denoisers.kandinsky_decoder()
+    embeddings = torch.ones(1, 32)
+    given = {"image_embeds": embeddings, "negative_image_embeds": embeddings * 0, "num_inference_steps": 1}
+    given |= {"height": 32, "width": 32}
+    with pytest.raises(InputError, match='or pass branch="both" to a lens'):
+        steer(DiffusionModel(pipe), "unet.mid_block", vector(32)).generate(**given).finish()
+    steer(DiffusionModel(pipe), "unet.mid_block", vector(32), branch="both").generate(**given).finish()

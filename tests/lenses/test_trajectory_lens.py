@@ -395,3 +395,21 @@ def test_another_run_of_the_same_pipeline_is_open(sd):
             run.scheduler.step.output
             assert "another run of the pipeline is open" in refusal(trajectory_lens, model, **SD, **QUIET)
             break
+
+
+def halved(pipeline, index, timestep, tensors):
+    return {"latents": tensors["latents"] / 2}
+
+
+@pytest.mark.parametrize("more", [{}, {"callback_on_step_end": halved}], ids=["pasted", "with a callback"])
+def test_latents_that_the_pipeline_changes_after_each_step_are_drawn_as_the_denoiser_gets_them(more):
+    pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionInpaintPipeline)  # which pastes the image
+    call = {**SD, "image": diffusion.IMAGE, "mask_image": diffusion.MASK, **more}
+    with recorded(pipe.unet, "forward") as calls:
+        draw(pipe, call, SEED)
+    with torch.no_grad():
+        decoded = [pipe.vae.decode(args[0][:1] / pipe.vae.config.scaling_factor).sample for (args, _), _ in calls]
+    images = trajectory_lens(DiffusionModel(pipe), **call, show="noisy", **QUIET).images["noisy"]
+    assert len(images) == len(decoded)
+    for image, pixels in zip(images, decoded):
+        assert close_image(image, pipe.image_processor.postprocess(pixels)[0])

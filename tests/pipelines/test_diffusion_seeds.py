@@ -1,11 +1,15 @@
 """Seeds: each image of a batch is the image of a run of its own."""
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 
 from diffsight import DiffusionModel
+from diffsight.errors import InputError
+from diffsight.pipelines.diffusion.input_counts import count_images_each, count_inputs
 from helpers import SEED, draw, drawn
-from models import diffusion
+from models import denoisers, diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
 
@@ -88,3 +92,52 @@ def test_a_call_that_hides_its_arguments_can_be_seeded(sd):
     model = DiffusionModel(Hiding(**sd.components, requires_safety_checker=False))
     model.set_progress_bar_config(disable=True)
     assert torch.equal(model.generate(**SD(), seed=SEED).images, draw(sd, SD()))
+
+
+def dit():
+    sizes = {"sample_size": 8, "patch_size": 4, "in_channels": 4, "out_channels": 8, "num_layers": 1}
+    sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "num_embeds_ada_norm": 1000}
+    return diffusion.quiet_pipeline(
+        diffusers.DiTPipeline,
+        transformer=diffusion.model(diffusers.DiTTransformer2DModel, **sizes, norm_elementwise_affine=False, seed=1),
+        vae=diffusion.model(diffusers.AutoencoderKL, block_out_channels=[8], norm_num_groups=4, latent_channels=4),
+        scheduler=diffusers.DDIMScheduler(),
+    )
+
+
+def test_inputs_that_are_not_prompts_are_counted():
+    embeddings = torch.linspace(-1, 1, 64).reshape(2, 32)
+    images = {"image_embeds": embeddings, "negative_image_embeds": embeddings * 0, "height": 32, "width": 32}
+    for pipe, inputs in ((dit(), {"class_labels": [1, 2]}), (denoisers.kandinsky_decoder(), images)):
+        inputs |= {"num_inference_steps": 2, "output_type": "np"}
+        want = pipe(**inputs, generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)]).images
+        with DiffusionModel(pipe).generate(**inputs, seed=5) as run:
+            assert len(run.rows) == 2
+        assert np.abs(run.images - want).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inputs", "each"),
+    [
+        ({"prompt": "a", "image_embeddings": torch.zeros(6, 4, 3, 3)}, 1, 6),
+        ({"prompt": ["a", "b"], "image_embeddings": [torch.zeros(4, 4, 3, 3)], "num_images_per_prompt": 3}, 2, 6),
+        ({"image_embeddings": torch.zeros(6, 4), "prompt": None}, 6, 1),
+        ({"pooled_prompt_embeds": torch.zeros(3, 4)}, 3, 1),
+        ({"image": torch.zeros(3, 8, 8), "batch_size": 4}, 1, 1),
+        ({"image": torch.zeros(2, 3, 8, 8)}, 2, 1),
+        ({"class_labels": 7, "batch_size": 4}, 4, 1),
+        ({"prompt": []}, 0, 1),
+    ],
+)
+def test_how_many_images_a_call_draws(arguments, inputs, each):
+    assert (count_inputs(arguments), count_images_each(arguments)) == (inputs, each)
+
+
+def test_class_labels_that_do_not_fit_the_batch():
+    sizes = {"block_out_channels": [8], "norm_num_groups": 4, "num_class_embeds": 10, "sample_size": 8}
+    blocks = {"down_block_types": ["ResnetDownsampleBlock2D"], "up_block_types": ["ResnetUpsampleBlock2D"]}
+    unet = diffusion.model(diffusers.UNet2DModel, **sizes, **blocks)
+    model = DiffusionModel(diffusers.ConsistencyModelPipeline(unet, diffusers.CMStochasticIterativeScheduler()))
+    with pytest.raises(InputError, match="2 class_labels do not fit batch_size=1: pass batch_size=2"):
+        model.generate(class_labels=[1, 2])
+    model.check(class_labels=[1, 2], batch_size=2)

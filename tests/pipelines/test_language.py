@@ -8,10 +8,11 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-from diffsight import LanguageModel, OutOfOrderError
+from diffsight import LanguageModel, OutOfOrderError, steer
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.pipelines.language import gguf, smollm2
 from models import diffusion
+from models.building import build
 from models.language_kinds import SIZE, TOKENIZER, bart, bert, bloom, gpt2, ids, llama, mamba, opt, t5
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -756,3 +757,26 @@ def test_a_damaged_chat_template(model, monkeypatch):
     monkeypatch.setattr(TOKENIZER, "chat_template", "{% for %}", raising=False)
     with pytest.raises(InputError, match="the chat template cannot take these messages: TemplateSyntaxError: "):
         model.trace([{"role": "user", "content": PROMPT}])
+
+
+@pytest.mark.filterwarnings("ignore:the names found")
+def test_a_model_that_reads_text_and_writes_sounds():
+    """It has two models of tokens, of different widths."""
+    text = {"vocab_size": SIZE, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    sound = {"num_filters": 4, "hidden_size": 16, "codebook_size": 32, "codebook_dim": 16, "upsampling_ratios": [2, 2]}
+    decoder = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
+    parts = {
+        "text_encoder": {"model_type": "t5", **text},
+        "audio_encoder": {"model_type": "encodec", **sound},
+        "decoder": {"model_type": "musicgen_decoder", **decoder, "num_codebooks": 2, "pad_token_id": 0},
+    }
+    net = build(transformers.MusicgenForConditionalGeneration, transformers.MusicgenConfig(**parts))
+    given = {"input_ids": ids("a red circle"), "decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)}
+    layer, vector = net.decoder.model.decoder.layers[0], torch.ones(32)
+    handle = layer.register_forward_hook(lambda module, args, output: output + vector)
+    want = net(**given, attention_mask=torch.ones_like(given["input_ids"])).logits
+    handle.remove()
+    model, start = LanguageModel((net, TOKENIZER)), given["decoder_input_ids"]
+    assert torch.equal(steer(model, 0, vector).trace("a red circle", decoder_input_ids=start).result.logits, want)
+    with pytest.raises(InputError, match="the vector has 16 features, but hidden states have 32"):
+        steer(model, 0, torch.ones(16))

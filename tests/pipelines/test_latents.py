@@ -1,5 +1,6 @@
 """Latents of a step, images drawn from latents, and what a pipeline makes of a prompt, against the bare pipeline."""
 
+import diffusers
 import pytest
 import torch
 
@@ -61,6 +62,35 @@ def test_the_packaged_pipelines_need_no_arguments(capsys):
             (*_, latents) = [step.latents for step in run.steps]
             assert not capsys.readouterr().err
         assert same_image(model.decode(latents)[0], run.images[0])
+
+
+def test_decoding_fits_the_image_that_a_pipeline_requires_to_the_latents():
+    kind = diffusion.PIPELINES["img2img"]
+    model = DiffusionModel(kind.build())
+    with model.generate(**kind.inputs(), seed=SEED) as run:
+        latents = [step.latents for step in run.steps]
+    assert same(model.decode(latents[-1], output_type="pt"), run.images)
+
+
+@pytest.mark.parametrize("given", [{}, {"image": diffusion.IMAGE, "mask_image": diffusion.MASK}])
+def test_decoding_pastes_nothing_into_the_latents(given):
+    pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionInpaintPipeline)  # which pastes after each step
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    options = {"output_type": "pt", "height": diffusion.SIDE, "width": diffusion.SIDE}
+    images = DiffusionModel(pipe).decode(latents, **given, **options)
+    assert same(images, pipe.image_processor.postprocess(decoded, "pt"))
+
+
+def test_decoding_where_the_pipeline_puts_the_first_frame_before_the_latents():
+    kind = diffusion.PIPELINES["ltx"]
+    pipe = diffusion.quiet_pipeline(diffusers.LTXImageToVideoPipeline, **kind.build().components)
+    model, inputs = DiffusionModel(pipe), {**kind.inputs(), "image": diffusion.IMAGE}
+    with model.generate(**inputs, seed=SEED) as run:
+        latents = [step.latents for step in run.steps]
+    frames = model.decode(latents[-1], **inputs | {"num_inference_steps": 1, "seed": SEED})
+    assert same(torch.as_tensor(frames), torch.as_tensor(drawn(run)))
 
 
 def test_latents_that_cannot_be_drawn(sd):
