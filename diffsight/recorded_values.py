@@ -83,7 +83,7 @@ def record(
     def own(path: str, tensor: torch.Tensor) -> torch.Tensor:
         detached = tensor.detach() if detach else tensor
         moved = detached.to(device=device, dtype=dtype if detached.is_floating_point() else None)
-        if moved is detached and moved.requires_grad:
+        if moved is detached and moved.requires_grad and not moved.is_inference():
             models_own.append((path, moved, unseen(_version, moved)))
             return moved
         return moved.clone() if moved is detached else moved  # the model may change its tensor in place afterwards

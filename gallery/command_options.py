@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsight.errors import InputError
-from diffsight.gallery.option_parsing import parse_argument, parse_layers, parse_positive, parse_seed, parse_seeds
+from diffsight.gallery.option_parsing import (
+    parse_layers,
+    parse_pipeline_setting,
+    parse_positive,
+    parse_seed,
+    parse_seeds,
+)
 from diffsight.pipelines.valid_text import check_text
 
 if TYPE_CHECKING:
@@ -94,7 +100,7 @@ def add_drawing(parser: argparse.ArgumentParser, several_seeds: bool = True) -> 
         dest="settings",
         action="append",
         default=[],
-        type=partial(parse_argument, takes_seeds=several_seeds),
+        type=partial(parse_pipeline_setting, takes_seeds=several_seeds),
         metavar="NAME=VALUE",
         help="another argument of the pipeline, such as guidance_scale=3; may be repeated",
     )

@@ -11,7 +11,7 @@ from diffsight.pipelines.diffusion.input_counts import PER_INPUT
 
 _INSTEAD = {  # what to write in place of an argument of a pipeline
     "num_inference_steps": "write --steps {}",
-    "output_type": "omit it, the command writes images",
+    "output_type": "omit it: the command always writes images",
     "prompt": "write the prompt itself, in quotes",
     "seed": "write --seed {}",
 }
@@ -111,7 +111,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def parse_argument(text: str, takes_seeds: bool) -> tuple[str, Any]:
+def parse_pipeline_setting(text: str, takes_seeds: bool) -> tuple[str, Any]:
     """Parse a setting of a command that draws. Arguments that the command determines itself are refused.
 
     Args:
@@ -121,7 +121,7 @@ def parse_argument(text: str, takes_seeds: bool) -> tuple[str, Any]:
     name, value = parse_setting(text)
     instead = _INSTEAD.get(name)
     if name in PER_INPUT:
-        instead = "write --seeds 0:{} for several images" if takes_seeds else "omit it, the command draws one image"
+        instead = "write --seeds 0:{} for several images" if takes_seeds else "omit it: the command draws one image"
     if instead is not None:
         raise argparse.ArgumentTypeError(f"{text!r}: {instead.format(value)}")
     return name, value

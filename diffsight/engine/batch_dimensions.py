@@ -40,7 +40,7 @@ class Running(Protocol):
     coroutine: Coroutine | None
     parked: Any  # where the model stands, see `diffsight.engine.points.Point`; None on its way
     taps: dict[tuple[int, str], CountedCalls]
-    layouts: "Layouts | None"
+    known_dimensions: "KnownDimensions | None"
 
 
 class Found(NamedTuple):
@@ -54,8 +54,8 @@ class Found(NamedTuple):
 _UNKNOWN = Found(None, _NOTHING.why_unknown)
 
 
-class Layouts:
-    """What has been found in one run."""
+class KnownDimensions:
+    """What is known of the values of one run."""
 
     def __init__(self) -> None:
         self.growth: dict[tuple, dict[int, Growth]] = {}  # by component and size of the batch, and number of the call
@@ -80,14 +80,14 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
     leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
     if target.outer is None and part != "output":  # the inputs of a component define the batch
         return Found([_length(leaf) == total for leaf in leaves])
-    if host.layouts is None:
-        host.layouts = Layouts()
+    if host.known_dimensions is None:
+        host.known_dimensions = KnownDimensions()
     key = (target.key, part, len(leaves), total)
-    known = host.layouts.last.get(key)
+    known = host.known_dimensions.last.get(key)
     if known is not None and known[0] == index:
         return known[1]
     component = _component(host, target)
-    calls, growths = host.taps[component.key], host.layouts.growth.setdefault((component.key, total), {})
+    calls, growths = host.taps[component.key], host.known_dimensions.growth.setdefault((component.key, total), {})
     numbers, latest = _calls_around(tap, index, calls), calls.entered - 1
     if latest in numbers and latest not in growths:
         growths[latest] = _growth(host, component.owner, total)
@@ -95,7 +95,7 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
             del growths[number]
     founds = [_found(growths.get(number, _NOTHING), target, part, leaves) for number in numbers] or [_UNKNOWN]
     found = founds[0] if founds.count(founds[0]) == len(founds) else _UNKNOWN
-    host.layouts.last[key] = index, found
+    host.known_dimensions.last[key] = index, found
     return found
 
 

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from diffsight.engine.hooks import FORWARD, NAMES_OF_HOOKS, has_forward_of_its_own
+from diffsight.engine.hooks import CLASS_WITHOUT_TAPS, FORWARD, NAMES_OF_HOOKS, OWNER, REDUCE, has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
 
 _PLAIN = frozenset({bool, int, str, NoneType, torch.dtype, torch.device})  # no floats: they are sizes of something
-_PASSED_OVER = frozenset({float, MethodType, torch.Tensor, nn.Parameter})
+_PASSED_OVER = frozenset({float, torch.Tensor, nn.Parameter})
 _LEVELS = 3  # of objects and containers in which plain values are looked for
 _LARGE = 1000  # values in a container
-_NOT_LOOKED_INTO = (nn.Module, torch.Tensor, type, FunctionType, BuiltinFunctionType, partial, ModuleType)
+_NOT_LOOKED_INTO = (nn.Module, torch.Tensor, type, FunctionType, BuiltinFunctionType, MethodType, partial, ModuleType)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, partial, type)
 _NOT_SETTINGS = frozenset({*vars(nn.Module()), *NAMES_OF_HOOKS})
 _modules_of, _dict_of = attrgetter("_modules"), attrgetter("__dict__")
@@ -46,7 +46,8 @@ class ModuleSettings:
         self._modules = [*map(ref, modules)]
         self._children = _children_of(modules)
         self._kinds = [*map(type, modules)]
-        self._classes = {cls: dict(vars(cls)) for kind in set(self._kinds) for cls in kind.__mro__[:-1]}
+        classes = {getattr(kind, CLASS_WITHOUT_TAPS, kind) for kind in self._kinds}
+        self._classes = {cls: dict(vars(cls)) for kind in classes for cls in kind.__mro__[:-1]}
         self._getters: list[Callable[[dict], Any]] = []
         self._holders: list[tuple[int, str]] = []  # the number of a module, and the name of an object that it holds
         for number, module in enumerate(modules):
@@ -56,8 +57,7 @@ class ModuleSettings:
             others = (name for name, value in own.items() if type(value) not in _PASSED_OVER)
             self._holders += [(number, name) for name in others if name not in plain]
         dicts = [*map(vars, modules)]
-        self._sizes = [*map(len, dicts)]
-        self._names = [_names_in(held) for held in dicts]
+        self._counts = [*map(_count_names, dicts)]
         self._own_forwards = _own_forwards(modules, dicts)
         self._values = [*map(call, self._getters, dicts)]
         self._held = self._of_held(dicts)
@@ -71,7 +71,7 @@ class ModuleSettings:
                 _children_of(modules) == self._children
                 and [*map(type, modules)] == self._kinds
                 and all(vars(cls) == held for cls, held in self._classes.items())
-                and self._have_same_names(dicts)
+                and [*map(_count_names, dicts)] == self._counts
                 and _own_forwards(modules, dicts) == self._own_forwards
                 and [*map(call, self._getters, dicts)] == self._values
                 and self._of_held(dicts) == self._held
@@ -79,25 +79,24 @@ class ModuleSettings:
         except Exception:  # a module or an attribute is gone, or has become something that cannot be compared
             return False
 
-    def _have_same_names(self, dicts: Sequence[dict]) -> bool:
-        """Whether the modules have the same attributes, apart from the hooks of runs."""
-        sizes = [*map(len, dicts)]
-        if sizes == self._sizes:
-            return True
-        unlike = (number for number, size in enumerate(sizes) if size != self._sizes[number])
-        return all(_names_in(dicts[number]) == self._names[number] for number in unlike)
-
     def _of_held(self, dicts: Sequence[dict]) -> list[Any]:
         """Return which functions and what kinds of objects the modules hold, and the plain values in these."""
         held = [dicts[number].get(name) for number, name in self._holders]
         seen: set[int] = set()
         once = {id(value): value for value in held}  # many modules hold the same config
-        kinds = [ref(value) if issubclass(type(value), _FUNCTIONS) else type(value) for value in held]
-        return [kinds, *map(_plain_in, once.values(), repeat(seen))]
+        return [[*map(_kind_of_held, held)], *map(_plain_in, once.values(), repeat(seen))]
 
 
-def _names_in(held: dict) -> frozenset[str]:
-    return frozenset(held) - NAMES_OF_HOOKS
+def _count_names(held: dict) -> int:
+    """Return how many attributes a module has, apart from the hooks of runs."""
+    is_hooked = REDUCE in held or OWNER in held
+    return len(held) - len(NAMES_OF_HOOKS & held.keys()) if is_hooked else len(held)
+
+
+def _kind_of_held(value: Any) -> Any:
+    """Return the type of an object that a module holds; a reference to it if it is a function."""
+    value = value.__func__ if type(value) is MethodType else value
+    return ref(value) if issubclass(type(value), _FUNCTIONS) else type(value)
 
 
 def _own_forwards(modules: Sequence[nn.Module], dicts: Sequence[dict]) -> list[int]:
@@ -126,7 +125,7 @@ def _kind_of(value: Any, total: int) -> tuple:
         return value.dtype, tuple(["batch" if size == total else min(size, 2) for size in value.shape])
     if is_cache(value):  # it may count its entries
         return (type(value),)
-    return type(value), value if _is_plain(value) else _plain_in(value)
+    return type(value), value if _is_plain(value) else _plain_in(value, set())
 
 
 def _is_plain(value: Any) -> bool:
@@ -134,11 +133,10 @@ def _is_plain(value: Any) -> bool:
     return kind in _PLAIN or (kind is tuple and all(type(one) in _PLAIN for one in value))
 
 
-def _plain_in(value: Any, seen: set[int] | None = None, levels: int = _LEVELS) -> tuple:
+def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
     """Return the plain values in an object or container, and in those that it holds, some levels deep.
 
     What is in `seen`, by id, is left out; of a large container, such as a vocabulary, only the size counts."""
-    seen = set() if seen is None else seen
     seen.add(id(value))
     inside: Collection[Any] = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
     if isinstance(value, dict):

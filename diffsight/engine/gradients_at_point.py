@@ -1,4 +1,4 @@
-"""Gradients that the model computes itself, where a body has them off: changes by the body would be left out of them.
+"""Gradients that the model computes itself while the body has them off. They would leave out what the body changes.
 
     with torch.no_grad(), model.trace(x) as run:
         run.layers[2].output *= 2               # an error if the model returns forces, which it differentiates

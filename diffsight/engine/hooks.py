@@ -34,9 +34,10 @@ from diffsight.engine.threads import calls_in_threads, note_call_in_thread, runs
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: the function that its calls go to
-_REDUCE, _DEEPCOPY = "__reduce_ex__", "__deepcopy__"  # they make copies of an object; looked up on the instance too
-NAMES_OF_HOOKS = frozenset({FORWARD, COMPILED, _REDUCE, _DEEPCOPY})  # what a run may put on a module
-_OWNER = "_diffsight_owner"  # on a tapped object and its copies: the object to whose taps calls go
+REDUCE, _DEEPCOPY = "__reduce_ex__", "__deepcopy__"  # they make copies of an object; looked up on the instance too
+OWNER = "_diffsight_owner"  # on a tapped object and its copies: the object to whose taps calls go
+CLASS_WITHOUT_TAPS = "_diffsight_class"  # on the class of a tapped object: the class that it had
+NAMES_OF_HOOKS = frozenset({FORWARD, COMPILED, REDUCE, _DEEPCOPY, OWNER})  # what a run may put on a module
 
 _lock = RLock()
 _forward_of, _runs_of = operator.itemgetter(FORWARD), operator.itemgetter(3)
@@ -105,7 +106,7 @@ class ModuleGroup:
         self.user = user
         _hooked.update(self.entries)
         _run_all(map(_set, held, repeat(FORWARD), self.puts))
-        _run_all(map(_set, held, repeat(_REDUCE), self._reduces))
+        _run_all(map(_set, held, repeat(REDUCE), self._reduces))
         return True
 
     def unhook(self) -> bool:
@@ -119,7 +120,7 @@ class ModuleGroup:
         if not (is_as_it_was and all(map(operator.is_, dicts, self.held))):
             return False
         _run_all(map(_delete, self.held, repeat(FORWARD)))
-        _run_all(map(dict.pop, self.held, repeat(_REDUCE), repeat(None)))
+        _run_all(map(dict.pop, self.held, repeat(REDUCE), repeat(None)))
         _run_all(map(_hooked.pop, self.entries))
         if _own_forwards:
             _run_all(map(_own_forwards.pop, self.entries, repeat(None)))
@@ -177,7 +178,7 @@ class HookedModules:
                 if own is not None:
                     _own_forwards[number] = None
                 held[name] = put
-                held[_REDUCE] = reduce
+                held[REDUCE] = reduce
                 if deepcopy is not None:
                     held[_DEEPCOPY] = deepcopy
             self._known.append(known)
@@ -233,8 +234,8 @@ class HookedModules:
                     del held[name]
                 elif is_ours:
                     held[name] = own
-                if _REDUCE in held:
-                    del held[_REDUCE]
+                if REDUCE in held:
+                    del held[REDUCE]
                 if deepcopy is not None and _DEEPCOPY in held:
                     del held[_DEEPCOPY]
                 if calls_in_threads:
@@ -274,10 +275,10 @@ def _without_hook(module: nn.Module, call: Callable[[], Any]) -> Any:
 
 def _drop_copied_hook(held: dict[str, Any]) -> None:
     """Remove the hook from a copy of the `__dict__` of a hooked module, and restore what it replaced."""
-    reduce, deepcopy = held.get(_REDUCE), held.get(_DEEPCOPY)
+    reduce, deepcopy = held.get(REDUCE), held.get(_DEEPCOPY)
     if getattr(reduce, "__func__", None) is not _reduce_without_hook:
         return
-    del held[_REDUCE]
+    del held[REDUCE]
     if getattr(deepcopy, "__func__", None) is _deepcopy_without_hook:
         del held[_DEEPCOPY]
     for name in (FORWARD, COMPILED):
@@ -543,8 +544,8 @@ class TappedMethod(Override):
             return
         cls = type(self.target)
         names = frozenset({self.name, *getattr(cls, "_diffsight_names", ())})
-        self._become(self.target, getattr(cls, "_diffsight_class", cls), names)
-        self.target.__dict__[_OWNER] = id(self.target)
+        self._become(self.target, getattr(cls, CLASS_WITHOUT_TAPS, cls), names)
+        self.target.__dict__[OWNER] = id(self.target)
 
     def take_off(self) -> None:
         if self.own is not None:
@@ -556,9 +557,9 @@ class TappedMethod(Override):
             cls = type(target)
             if self.name in getattr(cls, "_diffsight_names", ()):
                 self._become(target, cls._diffsight_class, cls._diffsight_names - {self.name})
-            if not hasattr(type(target), "_diffsight_class"):
-                target.__dict__.pop(_OWNER, None)
-        if not hasattr(type(self.target), "_diffsight_class"):
+            if not hasattr(type(target), CLASS_WITHOUT_TAPS):
+                target.__dict__.pop(OWNER, None)
+        if not hasattr(type(self.target), CLASS_WITHOUT_TAPS):
             _copies.pop(number, None)
 
     def _become(self, target: Any, cls: type, names: frozenset[str]) -> None:
@@ -578,7 +579,7 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
         @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             host = current_owner()
-            tap = host.taps.get((self.__dict__.get(_OWNER), name)) if host is not None else None
+            tap = host.taps.get((self.__dict__.get(OWNER), name)) if host is not None else None
             if tap is None:
                 return original(self, *args, **kwargs)
             return tap.call(functools.partial(original, self), args, kwargs)
@@ -591,13 +592,13 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
             cls.__setstate__(self, state)
         else:
             self.__dict__.update(state)
-        _copies.setdefault(self.__dict__.get(_OWNER), weakref.WeakSet()).add(self)
+        _copies.setdefault(self.__dict__.get(OWNER), weakref.WeakSet()).add(self)
 
     body = {name: wrap(name) for name in names}
     body["__setstate__"] = __setstate__
-    body["__reduce_ex__"] = lambda self, protocol: reduce_tapped(self, protocol, cls, _OWNER)
+    body["__reduce_ex__"] = lambda self, protocol: reduce_tapped(self, protocol, cls, OWNER)
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    body |= {"_diffsight_class": cls, "_diffsight_names": names}
+    body |= {CLASS_WITHOUT_TAPS: cls, "_diffsight_names": names}
     if not hasattr(cls, "__dict__") or "__slots__" in cls.__dict__:
         body["__slots__"] = ()
     return _equal_kind(type(cls))(cls.__name__, (cls,), body)
@@ -609,7 +610,7 @@ def _equal_kind(kind: type) -> type:
     for example, compares `type(scheduler)` with the classes of schedulers."""
 
     def __eq__(cls: type, other: object) -> bool:
-        return getattr(cls, "_diffsight_class", cls) is getattr(other, "_diffsight_class", other)
+        return getattr(cls, CLASS_WITHOUT_TAPS, cls) is getattr(other, CLASS_WITHOUT_TAPS, other)
 
     def __hash__(cls: type) -> int:
         return kind.__hash__(cls._diffsight_class)

@@ -35,7 +35,7 @@ Call = tuple[tuple, dict]  # the arguments of a call
 _SMALL = 10**7  # parameters: such a model runs faster with its weights than on the meta device
 _ROUNDING = 0.05  # relative difference
 _READING = {"item", "tolist", "numpy", "__int__", "__index__"}  # functions that return numbers of a tensor
-_SETTING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # functions that change a tensor
+_SETTING = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # those that change one
 _CHOOSING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
 
 
@@ -279,7 +279,7 @@ class _Values(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
-        if self._shared and self._trains(name, args):
+        if self._shared and self._trains(name, args, kwargs):
             raise RuntimeError("it trains weights that are too large to be copied")
         if name == "__getitem__":
             self.are_read |= any(map(_is_mask, args[1] if type(args[1]) is tuple else args[1:]))
@@ -287,13 +287,13 @@ class _Values(TorchFunctionMode):
             self.are_read = True
         return function(*args, **kwargs)
 
-    def _trains(self, name: str, args: tuple) -> bool:
+    def _trains(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function changes a shared weight in place, or computes gradients for it."""
         if name == "backward":
             return True
-        if not (is_in_place(name) or name in _SETTING):
+        if not (is_in_place(name) or name in _SETTING or "out" in kwargs):
             return False
-        changed = [leaf for leaf in tree_leaves(args[:1]) if isinstance(leaf, torch.Tensor)]
+        changed = [leaf for leaf in tree_leaves((args[:1], kwargs.get("out"))) if isinstance(leaf, torch.Tensor)]
         return not self._shared.isdisjoint(map(_memory_of, changed))
 
 

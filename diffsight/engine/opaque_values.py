@@ -58,7 +58,7 @@ def _inside(value: Any) -> list[Any]:
 
 def is_cache(value: Any) -> bool:
     """Whether a value is a cache of keys and values, or of other states that a model computes only once."""
-    return hasattr(value, "get_seq_length") or type(value).__name__.endswith("Cache")
+    return hasattr(type(value), "get_seq_length") or type(value).__name__.endswith("Cache")
 
 
 class CacheOfAllRows:

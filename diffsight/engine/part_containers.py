@@ -1,20 +1,21 @@
-"""Containers that a body has read and the model does not have: what happens to the items that are set there.
+"""Items that a body sets in containers that the model does not hold.
 
     run.rows[1].pair.output["b"] = value        # assigned to the row
 
-A row of a dictionary, a tuple or an output object is a new container of views. Where a part of a value was assigned,
-the model continues with a new container, and to set an item in the former one is an error.
+A row of a dictionary, a tuple or an output object is a new container of views. Once part of a value has been assigned,
+the model continues with a new container, and setting an item in the former one raises an error.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import is_grad_enabled
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch import Tensor, is_grad_enabled
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_leaves, tree_unflatten
 
 from diffsight.engine import order
 from diffsight.engine.batch_slicing import UNCHANGED
 from diffsight.engine.points import Asked, Assignment, Point
+from diffsight.engine.torch_state import unseen
 from diffsight.engine.users_line import set_line, users_line
 from diffsight.errors import AssignmentError, DiffsightError
 
@@ -22,16 +23,17 @@ from diffsight.errors import AssignmentError, DiffsightError
 class PartContainer:
     """A container in which a part of the value of a point was read while the model stands there."""
 
-    __slots__ = ("_leaves", "_structure", "_value", "_where", "asked", "point")
+    __slots__ = ("_leaves", "_set", "_stray", "_structure", "_value", "_where", "asked", "point")
 
     def __init__(self, point: Point, asked: Asked, value: Any) -> None:
         self.point, self.asked, self._value, self._where = point, asked, value, users_line()
-        self._leaves, self._structure = tree_flatten(value)
+        self._leaves, self._structure, self._stray = _flattened(value)
+        self._set: list[tuple[Tensor, int]] = []  # tensors that were assigned, and how often each had been changed
 
     def assign_changes(self) -> bool:
         """Assign what was set in the container since this was called last; return whether anything was."""
         try:
-            changes = self._changes()
+            changes = unseen(self._changes)
             if changes is not None:
                 changes.apply_to(self.point)
         except DiffsightError as error:
@@ -40,18 +42,24 @@ class PartContainer:
         return changes is not None
 
     def _changes(self) -> Assignment | None:
-        nodes: list[Any] = []
-        before, had_structure, value = self._leaves, self._structure, self._value
-        self._leaves, self._structure = tree_flatten(value, is_leaf=nodes.append)  # which sees each node
-        for name in filter(None, map(_stray_attribute, nodes)):
+        before, had_structure, had_stray, value = self._leaves, self._structure, self._stray, self._value
+        self._leaves, self._structure, self._stray = _flattened(value)
+        for name in [name for name in self._stray if name not in had_stray]:
             raise AssignmentError(
                 f"{self.asked} ({self._where}): the attribute {name!r} was set, but not the item of that name. Set it "
                 "on the run itself"
             )
         if self._structure == had_structure:
-            items = [UNCHANGED if new is old else new for new, old in zip(self._leaves, before)]
+            edited = {id(tensor) for tensor, version in self._set if tensor._version != version}
+            items = [
+                UNCHANGED if new is old and id(new) not in edited else new for new, old in zip(self._leaves, before)
+            ]
             if all(item is UNCHANGED for item in items):
                 return None
+            self._set = [pair for pair in self._set if id(pair[0]) not in edited]
+            self._set += [
+                (item, item._version) for item in items if isinstance(item, Tensor) and not item.is_inference()
+            ]
             value = tree_unflatten(items, had_structure)
         return Assignment(self.asked, value, self._where, in_step=False, has_gradients=is_grad_enabled())
 
@@ -72,9 +80,7 @@ class FormerContainer:
         self._leaves = tree_leaves(value)
 
     def assign_changes(self) -> bool:
-        """Return False if no item was set, or the new container has it, as part of a container that both hold.
-
-        Raises OutOfOrderError otherwise."""
+        """Raise OutOfOrderError if an item was set that the model does not have; otherwise return False."""
         before, self._leaves = self._leaves, tree_leaves(self._value)
         current = tree_leaves(self.point.value)
         is_same = len(before) == len(self._leaves) == len(current)
@@ -85,6 +91,20 @@ class FormerContainer:
     def is_replaced_by(self, assignment: Assignment, point: Point) -> bool:
         """Whether an assignment to a point has put something else in place of the new container."""
         return point is self.point and assignment.asked.selection is None
+
+
+def takes_items(value: Any) -> bool:
+    """Whether items can be set in a value, or in something in it."""
+    if isinstance(value, tuple):
+        return any(map(takes_items, value))
+    return not (isinstance(value, Tensor) or tree_is_leaf(value))
+
+
+def _flattened(value: Any) -> tuple[list[Any], TreeSpec, list[str]]:
+    """Return the leaves and the structure of a container, and the attributes in it that are not items, see below."""
+    nodes: list[Any] = []
+    leaves, structure = tree_flatten(value, is_leaf=nodes.append)  # which sees each node
+    return leaves, structure, [*filter(None, map(_stray_attribute, nodes))]
 
 
 def _stray_attribute(node: Any) -> str | None:

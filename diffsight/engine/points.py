@@ -172,13 +172,14 @@ class Assignment:
             A description of how its shape or type differs from those of the model's own value; None if they agree."""
         value, part, selection = self.value, self.asked.part, self.asked.selection
         before, difference = first_input(point.value, self) if part == "input" else point.value, None
-        if not self.has_gradients and point.tap.host.adds_gradients and _loses_gradients(before, value):
-            raise AssignmentError(f"{self} {LEFT_OUT}")
         if selection is not None:
             point.copies = {} if point.copies is None else point.copies
             value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
         elif before is not None:
             difference = self._difference(before, value)
+        is_watched = not self.has_gradients and point.tap.host.adds_gradients
+        if is_watched and (_loses_gradients(before, self.value) or _loses_gradients(before, value)):
+            raise AssignmentError(f"{self} {LEFT_OUT}")
         if part == "input":
             args, kwargs = point.value
             value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})

@@ -1,4 +1,4 @@
-"""Keep every random generator that a model may use: those of PyTorch, Python and NumPy, and those that modules hold.
+"""Restore the random generators that a model may use: the global ones, and those of its modules.
 
 generators = generators_of(model.modules())
 with kept_generators(generators):

@@ -14,7 +14,7 @@ from types import CodeType
 from typing import Any, Protocol
 
 from diffsight.engine import order
-from diffsight.engine.batch_dimensions import Layouts
+from diffsight.engine.batch_dimensions import KnownDimensions
 from diffsight.engine.coroutine import Coroutine
 from diffsight.engine.gradients_at_point import GradientsAtPoint
 from diffsight.engine.late_edits import LateEdits
@@ -71,7 +71,7 @@ class RunEnd:
         self.result: Any = None
         self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
         self._late_edits = LateEdits()
-        self.layouts: Layouts | None = None  # which values have the batch as their first dimension, once that was asked
+        self.known_dimensions: KnownDimensions | None = None  # once a row was asked for
         self._gradients: GradientsAtPoint | None = None  # if the model computes some in a run without gradients
         self._held_containers: list[PartContainer | FormerContainer] = []  # those that were read where the model stands
         self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
@@ -143,8 +143,8 @@ class RunEnd:
         self._called.clear()
         self._held_containers.clear()
         self._gradients = None
-        self.refused += filter(None, [check() for check in self.end_checks])
-        self.end_checks.clear()
+        checks, self.end_checks = self.end_checks, []
+        self.refused += filter(None, [check() for check in checks])
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None
         self.bodies.calls.clear()

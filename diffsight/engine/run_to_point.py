@@ -25,7 +25,7 @@ from diffsight.engine.late_edits import is_trained, moves, shares_memory
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
-from diffsight.engine.part_containers import FormerContainer, PartContainer
+from diffsight.engine.part_containers import FormerContainer, PartContainer, takes_items
 from diffsight.engine.points import (
     INPUTS,
     LAST,
@@ -140,7 +140,7 @@ class Flow(RunEnd):
         point.parts = point.parts or {}
         point.parts[selection.name] = selected, value
         taken = selected.take(value, asked)
-        if point is self.parked and taken is not value and not isinstance(taken, torch.Tensor):
+        if point is self.parked and taken is not value and takes_items(taken):
             self._held_containers.append(PartContainer(point, asked, taken))
         return taken
 
@@ -183,7 +183,8 @@ class Flow(RunEnd):
             raise order.too_late(asked, "asked for", self.where)
         known = tap.skips.get(index)
         if known is None or known.order <= scope.order:
-            skip = Assignment(asked, value, where or users_line(), scope.in_step, order=scope.order)
+            line, has_gradients = where or users_line(), torch.is_grad_enabled()
+            skip = Assignment(asked, value, line, scope.in_step, order=scope.order, has_gradients=has_gradients)
             tap.add_skip(index, skip)
         edit = self._edit()
         if edit is not None:
@@ -577,13 +578,15 @@ class Flow(RunEnd):
                 unseen(late_edits.note, left)
             if type(value) is InnerCall:
                 self.parked, turns, continues = bodies.end_call()
+                if self.parked is not None and coroutine.state.grad and not self.state.grad:
+                    self._gradients = unseen(GradientsAtPoint, self.parked)
                 if value.asker is None:
                     return value
                 value.asker.go()
             else:
                 self.parked = value
                 self._stands = value or self._stands
-                if value is not None and state is not coroutine.state and self.adds_gradients:
+                if value is not None and coroutine.state.grad and not self.state.grad:
                     self._gradients = unseen(GradientsAtPoint, value)
                 if not (bodies.edits or bodies.functions):
                     return value
@@ -655,7 +658,7 @@ class Flow(RunEnd):
             for leaf in tree_leaves(before):
                 if id(leaf) not in kept:
                     unseen(self._late_edits.watch, point, leaf)
-            if point.is_whole_read and not isinstance(before, torch.Tensor):
+            if point.is_whole_read and takes_items(before):
                 self._held_containers.append(FormerContainer(point, before))
 
     def _open_to_changes(self) -> list[Any]:

@@ -9,8 +9,8 @@ its fake tensors are replaced with zeros. What runs between components, such as 
 post-processing, therefore computes for real, on zeros.
 
 Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. Changes that
-the model makes to its own attributes meanwhile are undone at the end, and the random numbers that it draws do not
-advance any generator.
+the model makes to its own attributes meanwhile are undone at the end, and so are the draws from the global random
+generators and from those that modules hold.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine.checkpointed_regions import end_checkpoints, is_computed_again
 from diffsight.engine.coroutine import Coroutine, current_owner
 from diffsight.engine.hooks import COMPILED, FORWARD
-from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
+from diffsight.engine.points import INPUTS, LEFT_OUT, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.threads import calls_in_threads
@@ -142,6 +142,9 @@ class Tap:
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
             self._check_region((INPUTS, index), skip)
+            is_watched = not skip.has_gradients and self.host.adds_gradients
+            if is_watched and unseen(_ends_gradients, (args, kwargs), skip.value):
+                self._refuse((INPUTS, index), skip, LEFT_OUT)
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
@@ -449,6 +452,12 @@ def _moved_last(module: nn.Module, number: int) -> bool:
         return True
     hooks.move_to_end(number)
     return False
+
+
+def _ends_gradients(given: Any, output: Any) -> bool:
+    """Whether a call is given tensors with gradients, and nothing that it returns has any."""
+    given, output = ([leaf for leaf in tree_leaves(one) if isinstance(leaf, Tensor)] for one in (given, output))
+    return any(leaf.requires_grad for leaf in given) and not any(leaf.requires_grad for leaf in output)
 
 
 def _versions_in(output: Any) -> list[int]:

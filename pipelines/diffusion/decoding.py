@@ -56,7 +56,8 @@ def _one_step(pipeline: Any, latents: torch.Tensor) -> dict[str, Any]:
     arguments = {"prompt": PLAIN_PROMPT, "num_inference_steps": 1, "strength": 1.0}  # less would leave no step
     known = call_defaults(pipeline)
     found = {name: value for name, value in arguments.items() if name in known} | required_arguments(pipeline)
-    if "image" in found and "height" not in known and latents.ndim == _OF_IMAGES:
+    is_upscaler = "noise_level" in known  # its latents have the size of the image
+    if "image" in found and "height" not in known and latents.ndim == _OF_IMAGES and not is_upscaler:
         height, width = (size * getattr(pipeline, "vae_scale_factor", 1) for size in latents.shape[2:])
         found["image"] = found["image"].resize((width, height))
     return found | ({"seed": 0} if "generator" in argument_names(pipeline) else {})

@@ -4,7 +4,7 @@ import functools
 import gc
 import random
 import weakref
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +112,28 @@ def test_a_layout_that_other_code_changes_is_found_again(change, monkeypatch):
     change(net, monkeypatch)
     row, whole = row_of(net, x, "last")
     assert row is None and torch.equal(whole, turned(x))
+
+
+def test_methods_that_a_module_holds_in_turn():
+    net, x = Mixes(), torch.randn(2, 2, 4)
+    net.mix = MethodType(lambda self, x: x, net)
+    assert torch.equal(row_of(net, x, "last")[0], x[1:])
+    net.mix = MethodType(lambda self, x: turned(x), net)
+    assert row_of(net, x, "last")[0] is None
+
+
+class WithMethods(dict):
+    """Takes any name for a key, as the configurations of many repositories do."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_a_config_that_takes_any_name_for_a_key():
+    net, x = Flips(), torch.randn(2, 2, 4)
+    net.options = WithMethods(flip=False, inner=WithMethods(depth=2))
+    assert torch.equal(row_of(net, x)[0], x[1:])
+    net.options["flip"] = True
+    assert row_of(net, x)[0] is None
 
 
 def test_functions_that_a_module_holds_in_turn():
@@ -369,6 +391,8 @@ class Large(nn.Module):
         lambda part, x: torch._foreach_mul_([part.bias.data], 0.5),
         lambda part, x: part.weight.data.__imul__(0.5),
         lambda part, x: part(x).sum().backward(),
+        lambda part, x: setattr(part.weight, "data", part.weight.data * 0.5),
+        lambda part, x: torch.mul(part.bias.data, 0.5, out=part.bias.data),
     ],
 )
 def test_weights_that_are_too_large_to_be_copied(train):

@@ -135,6 +135,35 @@ def test_what_was_set_is_seen_by_later_reads():
     assert torch.equal(run.result[1] - 7 * x[1], 6 * NEW[0])
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_tensor_that_was_set_is_changed_after_another_read(times):
+    x, new = torch.ones(2, 4), NEW.clone()
+    with Model(Net()).trace(x) as run:
+        own = run.rows[1].making.output
+        own["b"] = new
+        for _ in range(times):
+            run.rows[0].making.output
+            own["b"].mul_(2)
+    assert torch.equal(run.result[1], (3 * (x + new) + 7 * x)[1])
+
+
+class Options(dict):
+    """A dictionary with an attribute that is not one of its items."""
+
+    __dataclass_fields__ = {"depth": None}
+    depth = 2
+
+
+def test_an_attribute_that_is_no_item_from_the_start():
+    x = torch.ones(2, 4)
+    torch.utils._pytree.register_pytree_node(
+        Options, lambda value: (list(value.values()), list(value)), lambda items, names: Options(zip(names, items))
+    )
+    with Model(Net(lambda a, b: Options(a=a, b=b))).trace(x) as run:
+        run.rows[1].making.output["b"] = NEW
+    assert torch.equal(run.result, expected(x))
+
+
 def test_what_is_left_as_it_was_stays_the_models_own():
     net = Net()
     with Model(net).trace(torch.randn(2, 4)) as run:
@@ -222,7 +251,7 @@ def test_what_a_row_cannot_take(change, told):
     with pytest.raises(AssignmentError, match=rf"rows\[1\].making.output \(.*test_items_of_rows.*\) {told}"):
         with Model(net).trace(torch.randn(2, 4)) as run:
             change(run.rows[1].making.output)
-    assert not net.making._forward_hooks
+    assert "forward" not in vars(net.making) and not net.making._forward_pre_hooks
 
 
 def test_an_attribute_that_is_no_item():
