@@ -89,8 +89,8 @@ class LateEdits:
 
     def forget(self, point: Point) -> None:
         """Stop watching the values of a point."""
-        for entry in [entry for entry in self.watched if entry[2] is point]:
-            self.watched.remove(entry)
+        others = [entry for entry in self.watched if entry[2] is not point]  # `remove` would compare tensors
+        self.watched = deque(others, maxlen=_MOST_WATCHED)
 
     def changed(self) -> "list[tuple[Point, Tensor | Remnant]]":
         """Return the points whose values a body has changed in place since the model last moved, and the tensors.

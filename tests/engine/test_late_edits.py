@@ -275,6 +275,15 @@ def test_a_value_in_which_another_row_was_assigned():
     assert torch.equal(run.result, net[1:](torch.tensor([[0.0] * 4, [1.0] * 4])))
 
 
+def test_a_value_is_assigned_after_one_of_its_rows_while_others_are_watched():
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace([x[:1], x[1:]]) as run:
+        first, second = run[0].output, run[1].output
+        run.rows[0][1].output = torch.ones(1, 4)
+        run[1].output = torch.zeros(2, 4)
+    assert torch.equal(run.result, net[2](torch.zeros(2, 4)).detach()) and len(first) == len(second)
+
+
 def test_a_value_of_the_users_own_may_be_trained_after_it_was_assigned():
     net, x = net_and_input()
     with Model(net).trace(x) as run:
