@@ -257,7 +257,7 @@ class DiffusionModel(HasEncoders, Model):
         Args:
             latents: Latents as `step.latents` returns them, `(batch, …)`, or a list of such tensors.
             arguments: Arguments of the call that produced the latents: `height` and `width` if they differ from the
-                pipeline's defaults, and `output_type`.
+                pipeline's defaults, and `output_type`. A `callback_on_step_end` among them is not called.
 
         Returns:
             One image or video for each entry of the latents, as in `run.images` or `run.frames`.

@@ -253,10 +253,13 @@ def test_an_unconditional_pipeline_has_one_branch():
 
 
 def test_branches_that_cannot_be_told_apart_are_steered_together():
-    pipe = denoisers.kandinsky_decoder()
+    pipe, direction = denoisers.kandinsky_decoder(), vector(32)
     embeddings = torch.ones(1, 32)
     given = {"image_embeds": embeddings, "negative_image_embeds": embeddings * 0, "num_inference_steps": 1}
-    given |= {"height": 32, "width": 32}
+    given |= {"height": 32, "width": 32, "output_type": "np"}
     with pytest.raises(InputError, match='or pass branch="both" to a lens'):
-        steer(DiffusionModel(pipe), "unet.mid_block", vector(32)).generate(**given).finish()
-    steer(DiffusionModel(pipe), "unet.mid_block", vector(32), branch="both").generate(**given).finish()
+        steer(DiffusionModel(pipe), "unet.mid_block", direction).generate(**given).finish()
+    got = steer(DiffusionModel(pipe), "unet.mid_block", direction, branch="both").generate(**given, seed=SEED).images
+    pipe.unet.mid_block.register_forward_hook(lambda module, args, output: output + direction[:, None, None])
+    want = pipe(**given, generator=torch.Generator().manual_seed(SEED)).images
+    assert torch.equal(torch.as_tensor(got), torch.as_tensor(want))
