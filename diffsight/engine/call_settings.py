@@ -47,7 +47,8 @@ class ModuleSettings:
         self._children = _children_of(modules)
         self._kinds = [*map(type, modules)]
         classes = {getattr(kind, CLASS_WITHOUT_TAPS, kind) for kind in self._kinds}
-        self._classes = {cls: dict(vars(cls)) for kind in classes for cls in kind.__mro__[:-1]}
+        bases = {cls for kind in classes for cls in kind.__mro__} - {nn.Module, object}
+        self._classes = {cls: dict(vars(cls)) for cls in bases}
         self._getters: list[Callable[[dict], Any]] = []
         self._holders: list[tuple[int, str]] = []  # the number of a module, and the name of an object that it holds
         for number, module in enumerate(modules):
@@ -154,4 +155,4 @@ def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
 
 
 def _is_looked_into(value: Any) -> bool:
-    return not (isinstance(value, _NOT_LOOKED_INTO) or is_cache(value))
+    return not (issubclass(type(value), _NOT_LOOKED_INTO) or is_cache(value))  # `isinstance` would ask the value

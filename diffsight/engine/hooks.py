@@ -430,9 +430,11 @@ def has_forward_of_its_own(module: nn.Module) -> bool:
     """Whether a module has a forward pass other than the one of its class, bound to it in whatever way."""
     known = _hooked.get(id(module))
     own = module.__dict__.get(FORWARD) if known is None else known[2] if known[1] == FORWARD else None
+    if own is None:
+        return False
     hook = getattr(module, "_hf_hook", None)
     hooks = [hook, *getattr(hook, "hooks", ())]  # accelerate puts several into one
-    if own is not None and all(type(one).__module__.startswith("accelerate.") for one in hooks):
+    if all(type(one).__module__.startswith("accelerate.") for one in hooks):
         own = module.__dict__.get("_old_forward")  # accelerate only moves tensors between devices
     function, bound = (own.func, own.args) if isinstance(own, functools.partial) else (own, ())
     if isinstance(own, MethodType):

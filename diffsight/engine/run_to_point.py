@@ -140,7 +140,7 @@ class Flow(RunEnd):
         point.parts = point.parts or {}
         point.parts[selection.name] = selected, value
         taken = selected.take(value, asked)
-        if point is self.parked and taken is not value and takes_items(taken):
+        if type(taken) is not torch.Tensor and point is self.parked and taken is not value and takes_items(taken):
             self._held_containers.append(PartContainer(point, asked, taken))
         return taken
 
