@@ -26,8 +26,8 @@ _PLAIN = frozenset({bool, int, str, NoneType, torch.dtype, torch.device})  # no 
 _PASSED_OVER = frozenset({float, torch.Tensor, nn.Parameter})
 _LEVELS = 3  # of objects and containers in which plain values are looked for
 _LARGE = 1000  # values in a container
-_NOT_LOOKED_INTO = (nn.Module, torch.Tensor, type, FunctionType, BuiltinFunctionType, MethodType, partial, ModuleType)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, partial, type)
+_NOT_LOOKED_INTO = (*_FUNCTIONS, MethodType, ModuleType, nn.Module, torch.Tensor)
 _NOT_SETTINGS = frozenset({*vars(nn.Module()), *NAMES_OF_HOOKS})
 _modules_of, _dict_of = attrgetter("_modules"), attrgetter("__dict__")
 

@@ -143,8 +143,9 @@ class RunEnd:
         self._called.clear()
         self._held_containers.clear()
         self._gradients = None
-        checks, self.end_checks = self.end_checks, []
-        self.refused += filter(None, [check() for check in checks])
+        if self.end_checks:
+            checks, self.end_checks = self.end_checks, []
+            self.refused += filter(None, [check() for check in checks])
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None
         self.bodies.calls.clear()

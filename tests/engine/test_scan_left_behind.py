@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 from diffsight import Model
 from diffsight.errors import ScanError
 from helpers import footprint
-from models.nets import WIDTH, Calling, Net, inputs, linear
+from models.nets import WIDTH, Calling, Net, Noisy, inputs, linear
 
 pytestmark = pytest.mark.usefixtures("no_mode_is_left")
 
@@ -71,21 +71,6 @@ def test_what_a_model_keeps_is_what_it_kept_before(x):
     fresh = Keeping()
     fresh(x)
     assert torch.equal(net(x), fresh(x))
-
-
-class Noisy(nn.Module):
-    """Draws random numbers from every generator that it knows."""
-
-    def __init__(self):
-        super().__init__()
-        self.part, self.own, self.of_numpy = nn.Identity(), torch.Generator(), np.random.default_rng(0)
-        self.others, self.named = [np.random.RandomState(0)], {"python": random.Random(0)}
-
-    def forward(self, x):
-        x = self.part(x)
-        own = torch.rand(1, generator=self.own) + self.of_numpy.random() + self.others[0].rand()
-        shared = torch.rand(1) + random.random() + np.random.rand()
-        return x + own + shared + self.named["python"].random()
 
 
 def test_no_random_numbers_are_drawn(x):

@@ -6,8 +6,10 @@
 The weights depend on the seed alone.
 """
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -88,3 +90,18 @@ def linear(seed: int = 0) -> nn.Linear:
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
         return nn.Linear(WIDTH, WIDTH)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers from every generator that it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.own, self.of_numpy = nn.Identity(), torch.Generator(), np.random.default_rng(0)
+        self.others, self.named = [np.random.RandomState(0)], {"python": random.Random(0)}
+
+    def forward(self, x):
+        x = self.part(x)
+        own = torch.rand(1, generator=self.own) + self.of_numpy.random() + self.others[0].rand()
+        shared = torch.rand(1) + random.random() + np.random.rand()
+        return x + own + shared + self.named["python"].random()
