@@ -124,7 +124,7 @@ def record(
     for path, (points, part) in found.items():
         flow.keep(Asked(target_of(points), part), lambda *call, path=path, part=part: keep(path, part, *call))
     if not detach:
-        flow.end_checks.append(changed_in_place)
+        flow.end_checks = [*flow.end_checks, changed_in_place]
     return kept
 
 

@@ -352,27 +352,27 @@ def _through(original: Callable, of_class: Callable | None = None) -> Callable:
     If `original` is the forward pass of the module's class, pass it as `of_class` too. Like PyTorch, every call then
     looks it up again, since the user may replace it at any time."""
 
-    def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        function = original
+    def forward(*args: Any, **kwargs: Any) -> Any:  # the module first: `args` is then passed on as it is
+        module, function = args[0], original
         if of_class is not None and type(module).forward is not of_class:
             function = _as_looked_up(type(module))
         host = getattr(getcurrent(), "owner", None)
         if host is None:
             if runs_beside_main or get_ident() != _MAIN_THREAD:
                 note_call_in_thread(module, _CODE)
-            return function(module, *args, **kwargs)
-        taps, number = host.taps, id(module)
-        calls = taps.calls.get(number)
+            return function(*args, **kwargs)
+        counted, number = host.taps.calls, id(module)
+        calls = counted.get(number)
         if _own_forwards and number in _own_forwards and _is_inside_another(module, original):
             calls = None
+        if type(calls) is int:
+            counted[number] = calls + 1
+            output = function(*args, **kwargs)
+            calls = counted.get(number)  # a tap if it was asked for while it was running
+            return output if type(calls) is int or calls is None else calls.leave(output, (args[1:], kwargs))
         if calls is None:
-            return function(module, *args, **kwargs)
-        if type(calls) is not int:
-            return calls.call(MethodType(function, module), args, kwargs)
-        taps.calls[number] = calls + 1
-        output = function(module, *args, **kwargs)
-        calls = taps.calls.get(number)  # a tap if it was asked for while it was running
-        return output if calls is None or type(calls) is int else calls.leave(output, (args, kwargs))
+            return function(*args, **kwargs)
+        return calls.call(MethodType(function, module), args[1:], kwargs)
 
     return forward
 
@@ -414,7 +414,7 @@ def running_call(frame: FrameType | None, module: nn.Module) -> tuple[tuple, dic
     """Return the arguments of the innermost call of a hooked module on the stack that ends with `frame`."""
     while frame is not None:
         if _is_call(frame, module):
-            return frame.f_locals["args"], frame.f_locals["kwargs"]
+            return frame.f_locals["args"][1:], frame.f_locals["kwargs"]
         frame = frame.f_back
     return None
 
@@ -423,7 +423,7 @@ def _is_call(frame: FrameType, module: nn.Module) -> bool:
     if frame.f_code is not _CODE:
         return False
     known = frame.f_locals
-    return known["module"] is module and known.get("calls") is not None
+    return known.get("module") is module and known.get("calls") is not None
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:

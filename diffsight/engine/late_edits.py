@@ -11,7 +11,6 @@ are often used again. A value that a helper function has read is let go when the
 model moves on. Then a `Remnant` is kept, which takes no memory.
 """
 
-from collections import deque
 from dataclasses import fields
 from types import CodeType
 from typing import Any
@@ -47,7 +46,7 @@ class LateEdits:
     def __init__(self) -> None:
         self.noted = 0  # how many moves there had been when the versions were noted
         # For each tensor: a weak reference, its version, the point, and what is left once nobody holds the tensor.
-        self.watched: deque[list] = deque(maxlen=_MOST_WATCHED)
+        self.watched: list[list] = []
         self.block: CodeType | None = None  # the code with the block of the run, whose variables last until it ends
 
     def note(self, left: Point | None) -> None:
@@ -56,7 +55,7 @@ class LateEdits:
         watched = self.watched
         if watched:
             while watched and watched[0][0]() is None:
-                watched.popleft()
+                del watched[0]
             for entry in watched:
                 tensor = entry[0]()
                 if tensor is None:
@@ -86,22 +85,25 @@ class LateEdits:
                     self.watched.append([_AsPlain(tensor), tensor._version, point, None])
                 except RuntimeError:  # as above
                     return
+        if len(self.watched) > _MOST_WATCHED:
+            del self.watched[:-_MOST_WATCHED]
 
     def forget(self, point: Point) -> None:
         """Stop watching the values of a point."""
-        others = [entry for entry in self.watched if entry[2] is not point]  # `remove` would compare tensors
-        self.watched = deque(others, maxlen=_MOST_WATCHED)
+        self.watched = [entry for entry in self.watched if entry[2] is not point]  # `remove` would compare tensors
 
     def changed(self) -> "list[tuple[Point, Tensor | Remnant]]":
         """Return the points whose values a body has changed in place since the model last moved, and the tensors.
 
         Another run's model may change them too, if a body has assigned them there. So there are none if it moved."""
         found = []
+        if self.noted != moves.count:
+            return found
         for weak, version, point, remnant in self.watched:
             tensor = weak()
             if tensor is None:
                 tensor = remnant
-            if tensor is not None and tensor._version != version and self.noted == moves.count:
+            if tensor is not None and tensor._version != version:
                 found.append((point, tensor))
         return found
 

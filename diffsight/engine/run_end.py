@@ -8,7 +8,7 @@ waiting. `close` ends it where the model stands: after `run.stop()`, after an er
 dropped.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from types import CodeType
 from typing import Any, Protocol
@@ -53,6 +53,34 @@ class RunEnd:
         tree: The tree of the model.
     """
 
+    __slots__ = (  # with more than 30 attributes in its dictionary, a run would be slower to open
+        "__weakref__",
+        "_called",
+        "_gradients",
+        "_held_containers",
+        "_home",
+        "_in_threads",
+        "_late_edits",
+        "_stands",
+        "bodies",
+        "clock",
+        "coroutine",
+        "end_checks",
+        "has_result",
+        "is_cleared",
+        "known_dimensions",
+        "misshapen",
+        "observer",
+        "outcome",
+        "parked",
+        "refused",
+        "result",
+        "taps",
+        "thread",
+        "tree",
+        "unreached",
+    )
+
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.clock: Clock = tree.clock()
@@ -64,7 +92,7 @@ class RunEnd:
         self.observer: Observer | None = None
         self.unreached: list[Assignment] = []
         self.refused: list[Exception] = []  # why values that were assigned ahead could not be put in place
-        self.end_checks: list[Callable[[], Exception | None]] = []  # called when the run ends; return what was wrong
+        self.end_checks: Sequence[Callable[[], Exception | None]] = ()  # called at the end; return what was wrong
         self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
@@ -73,8 +101,8 @@ class RunEnd:
         self._late_edits = LateEdits()
         self.known_dimensions: KnownDimensions | None = None  # once a row was asked for
         self._gradients: GradientsAtPoint | None = None  # if the model computes some in a run without gradients
-        self._held_containers: list[PartContainer | FormerContainer] = []  # those that were read where the model stands
-        self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
+        self._held_containers: Sequence[PartContainer | FormerContainer] = ()  # read where the model stands
+        self._called: Sequence[Point] = ()  # the points of calls by the bodies since the model last moved
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
         self._home: Any = None  # the stack of the code that opened the run
@@ -140,11 +168,10 @@ class RunEnd:
         self.clock.call = None
         self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
         self._late_edits.watched.clear()
-        self._called.clear()
-        self._held_containers.clear()
+        self._called = self._held_containers = ()
         self._gradients = None
         if self.end_checks:
-            checks, self.end_checks = self.end_checks, []
+            checks, self.end_checks = self.end_checks, ()
             self.refused += filter(None, [check() for check in checks])
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None

@@ -141,7 +141,7 @@ class Flow(RunEnd):
         point.parts[selection.name] = selected, value
         taken = selected.take(value, asked)
         if type(taken) is not torch.Tensor and point is self.parked and taken is not value and takes_items(taken):
-            self._held_containers.append(PartContainer(point, asked, taken))
+            self._held_containers = [*self._held_containers, PartContainer(point, asked, taken)]
         return taken
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -297,7 +297,7 @@ class Flow(RunEnd):
             if (kind, index) not in tap.points:
                 point = tap.points[kind, index] = Point(tap, (kind, index), value, scope.in_step)
                 point.is_unread, point.read_by = True, (scope.order,)
-                self._called.append(point)
+                self._called = [*self._called, point]
 
         taps = [self.taps.open(part) for part in inside(target) if part.is_seen]
         keepers = {kind: partial(keep, kind) for kind in (INPUTS, OUTPUT)}
@@ -313,7 +313,7 @@ class Flow(RunEnd):
 
     def _let_go_of_called(self) -> None:
         """Let go of the values of calls by the bodies that nobody has read."""
-        called, self._called = self._called, []
+        called, self._called = self._called, ()
         for point in called:
             if point.is_unread:
                 point.tap.points.pop(point.key, None)
@@ -659,7 +659,7 @@ class Flow(RunEnd):
                 if id(leaf) not in kept:
                     unseen(self._late_edits.watch, point, leaf)
             if point.is_whole_read and takes_items(before):
-                self._held_containers.append(FormerContainer(point, before))
+                self._held_containers = [*self._held_containers, FormerContainer(point, before)]
 
     def _open_to_changes(self) -> list[Any]:
         """Return the values that a body may change in place: where the model stands, and those that are assigned
