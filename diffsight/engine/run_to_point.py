@@ -576,20 +576,21 @@ class Flow(RunEnd):
                 late_edits.note(left)
             else:
                 unseen(late_edits.note, left)
-            if type(value) is InnerCall:
+            made_call = type(value) is InnerCall
+            if made_call:
                 self.parked, turns, continues = bodies.end_call()
-                if self.parked is not None and coroutine.state.grad and not self.state.grad:
-                    self._gradients = unseen(GradientsAtPoint, self.parked)
-                if value.asker is None:
-                    return value
-                value.asker.go()
             else:
                 self.parked = value
                 self._stands = value or self._stands
-                if value is not None and coroutine.state.grad and not self.state.grad:
-                    self._gradients = unseen(GradientsAtPoint, value)
-                if not (bodies.edits or bodies.functions):
+            if coroutine.state.grad and not self.state.grad and self.parked is not None:
+                self._gradients = unseen(GradientsAtPoint, self.parked)
+            if made_call:
+                if value.asker is None:
                     return value
+                value.asker.go()
+            elif not (bodies.edits or bodies.functions):
+                return value
+            else:
                 turns, continues = bodies.take_turn()
             call = bodies.wake(turns, self.parked, continues) if turns else None
             if self.outcome is not None:
