@@ -209,10 +209,11 @@ def _inside(envoy: Points, name: str) -> list[Points]:
         found = None if "*" in name else inside(envoy, name)
         return [] if found is None else [found]
     tree, target = tree_of(envoy), target_of(envoy)
-    children = list(tree.children_of(target))
+    attached = tree.attached.names_on(target.owner)
+    children = [*dict.fromkeys((*tree.children_of(target), *attached))]
     if name == "**":
         around = (*target.around(), target)  # a module may be a child of a module inside it
-        below = [child for child, part in tree.children_of(target).items() if part not in around]
+        below = [child for child in children if tree.children_of(target).get(child) not in around]
         return [envoy, *(inner for child in below for inner in _inside(child_of(envoy, child), "**"))]
     if "*" not in name:
         child = child_of(envoy, name)

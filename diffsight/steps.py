@@ -101,7 +101,7 @@ class Steps:
                             self._warn_of_early_end()
                         elif chosen != slice(None) and not entered:
                             self._warn_of_missed(first)
-                    if flow.has_result:
+                    if flow.has_result and not has_ended_before:
                         flow.clock.check_counted(flow.tree.title)
                     return
                 index = flow.scope.step

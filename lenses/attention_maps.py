@@ -44,7 +44,7 @@ from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_kind, check_options
 from diffsight.lenses.results.calls import repeatable
-from diffsight.lenses.results.outputs import frames_of, image_of
+from diffsight.lenses.results.outputs import frames_of, image_of, outputs_in
 from diffsight.lenses.results.sections import distinct
 from diffsight.lenses.results.word_maps import AttentionMaps
 from diffsight.lenses.where_models_are import where_the_model_is
@@ -391,7 +391,11 @@ def _result(
     method: str,
     given: GivenImage | None = None,
 ) -> AttentionMaps:
-    sums, keep, output = reading.sums, reading.keep, _drawn(run) if given is None else given.image
+    sums, keep, output = (
+        reading.sums,
+        reading.keep,
+        outputs_in(run.result, model.pipeline)[0] if given is None else given.image,
+    )
     lowest = -torch.inf if method == "concept" else 0.0  # enlarging may make probabilities negative
     return AttentionMaps(
         maps=sums.mean().clamp_min(lowest),
@@ -407,8 +411,3 @@ def _result(
         kept=keep,
         parts={group: sums.mean(group).clamp_min(lowest) for group in sums.groups} if keep else {},
     )
-
-
-def _drawn(run: DiffusionRun) -> Any:
-    """Return the image that a run has drawn, or the frames of its video."""
-    return (run.frames if "frames" in run.result else run.images)[0]

@@ -19,7 +19,7 @@ from diffsight.lenses.features.sae_checks import check_model, point_of
 from diffsight.lenses.features.sae_trainer import figures
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import image_of, outputs_in
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, Section, TableSection
 from diffsight.lenses.tokens.choosing import check_count
@@ -180,7 +180,8 @@ def _images(model: Any, edited: Any, parts: Sequence, scenes: Sequence, argument
     for texts, seed in parts:
         for images, one in zip(drawn, (model, edited)):
             with progress_bar(one.pipeline, disable=True):
-                images += map(image_of, one.generate(list(texts), seed=seed, **arguments).result[0])
+                result = one.generate(list(texts), seed=seed, **arguments).result
+                images += map(image_of, outputs_in(result, one.pipeline))
     errors = [np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in zip(*drawn)]
     found = {"image distance": float(np.sqrt(np.mean(np.square(errors))))}
     if scenes:

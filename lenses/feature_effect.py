@@ -25,7 +25,7 @@ from diffsight.lenses.features.sae_checks import check_features, check_model, po
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import image_of, outputs_in
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, ImageSection, Section, TableSection, distinct
 from diffsight.pipelines.argument_types import check_types
@@ -196,7 +196,7 @@ def _images(
                         values.make(run.cond)
             else:
                 values.make(run.cond)
-        return tuple(map(image_of, run.result[0])), None
+        return tuple(map(image_of, outputs_in(run.result, model.pipeline))), None
 
 
 def _texts(

@@ -33,7 +33,7 @@ from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import image_of, outputs_in
 from diffsight.lenses.results.overlays import scaled
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import ImageSection, Section, distinct
@@ -159,7 +159,7 @@ def prompt_to_prompt(
             edit.apply(run, step.index < cross_steps * total, step.index < self_steps * total)
             if local and step.index >= total // 5:
                 edit.keep_outside(run)
-    images = run.frames if "frames" in run.result else run.images
+    images = outputs_in(run.result, model.pipeline)
     options = {"cross_steps": cross_steps, "self_steps": self_steps, "reweight": dict(reweight or {}), "local": local}
     return PromptToPromptResult(*map(image_of, images), source, target, int(seed), model.source, options, arguments)
 

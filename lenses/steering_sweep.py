@@ -23,7 +23,7 @@ from diffsight.lenses.layers import Layers
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import image_of, outputs_in
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, ImageSection, Section, TableSection
 from diffsight.lenses.steering_vector import SteeringVectors
@@ -207,7 +207,8 @@ def _images(
 ) -> list[Image.Image]:
     with torch.no_grad(), progress_bar(model.pipeline, disable=True):
         given = {"prompt": [prompt] * rows, "seed": [seed] * rows}
-        return list(map(image_of, model.generate(**given, **for_each_row(arguments, rows)).result[0]))
+        result = model.generate(**given, **for_each_row(arguments, rows)).result
+        return list(map(image_of, outputs_in(result, model.pipeline)))
 
 
 def _texts(model: LanguageModel, prompt: str, rows: int, seed: int, arguments: Mapping[str, Any]) -> list[str]:

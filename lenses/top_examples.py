@@ -28,7 +28,7 @@ from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import image_of, outputs_in
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, CurveSection, ImageSection, Section, TableSection, distinct
 from diffsight.lenses.tokens.choosing import check_count
@@ -250,7 +250,7 @@ def _images(
                 vectors = channels_last(value_at(run.cond[reader.point], sae.of))
                 kept.append(sae.encode(vectors)[..., list(features)].cpu())
     maps = torch.stack(kept, 1)  # (prompts, steps, height, width, features)
-    images = list(map(image_of, run.result[0]))
+    images = list(map(image_of, outputs_in(run.result, model.pipeline)))
     means = maps.mean(tuple(range(2, maps.ndim - 1))).sum(0)
     examples = []
     for i in range(len(features)):

@@ -24,12 +24,12 @@ from diffsight.lenses.denoising.block_exits import block_names, exit_outputs
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image, check_steps_ahead, choose_steps
 from diffsight.lenses.denoising.clean_prediction import SchedulerCall, prediction_type
 from diffsight.lenses.denoising.inverted_images import takes_inverted
-from diffsight.lenses.denoising.latent_drawing import CallRecorder, check_drawn, draw_latents
+from diffsight.lenses.denoising.latent_drawing import CallRecorder, draw_latents
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, difference_maps, step_curves
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
+from diffsight.lenses.results.outputs import files_of, image_of, media_of, outputs_in, rate_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import CurveSection, ImageSection, Section
 from diffsight.lenses.where_models_are import where_the_model_is
@@ -283,7 +283,7 @@ class _StepReading:
                 self._read(step.index, SchedulerCall(self._model.pipeline.scheduler, args, kwargs), step)
         if self.steps and self.recorder.steps <= self.steps[-1]:
             raise InputError(f"there is no step {self.steps[-1]}: the run ended after {self.recorder.steps} steps")
-        (finished,) = check_drawn(self._model, run.result)
+        (finished,) = outputs_in(run.result, self._model.pipeline)
         return finished
 
     def _read(self, index: int, call: SchedulerCall, step: Any) -> None:

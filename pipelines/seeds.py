@@ -11,7 +11,7 @@ from diffsight.errors import InputError
 
 def check_seed(seed: Any) -> None:
     """Raise InputError unless `seed` is an integer from 0 to 2**64 - 1."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
+    if isinstance(seed, (bool, torch.Tensor)) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
         raise InputError(f"a seed is an integer from 0 to 2**64 - 1, not {seed!r}")
 
 
@@ -21,7 +21,7 @@ def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:
     Raises:
         InputError: A seed is not valid, or the list does not hold one seed per image.
     """
-    several = isinstance(seed, Iterable) and not isinstance(seed, str)
+    several = isinstance(seed, Iterable) and not isinstance(seed, (str, torch.Tensor))
     for one in seed if several else [seed]:
         check_seed(one)
     seeds = [int(one) for one in seed] if several else [int(seed) + i for i in range(count)]

@@ -10,7 +10,7 @@ Two calls with equal settings and kinds are taken to have their batch in the sam
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from itertools import chain, compress, count, repeat
-from operator import attrgetter, call, contains, itemgetter
+from operator import attrgetter, call, contains, itemgetter, methodcaller
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 from weakref import ref
@@ -28,14 +28,16 @@ _LEVELS = 3  # of objects and containers in which plain values are looked for
 _LARGE = 1000  # values in a container
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, partial, type)
 _NOT_LOOKED_INTO = (*_FUNCTIONS, MethodType, ModuleType, nn.Module, torch.Tensor)
-_NOT_SETTINGS = frozenset({*vars(nn.Module()), *NAMES_OF_HOOKS})
-_modules_of, _dict_of = attrgetter("_modules"), attrgetter("__dict__")
+_LIBRARIES = {"builtins", "collections", "torch", "transformers", "diffusers"}  # their classes have no settings
+_NOT_SETTINGS = frozenset({*vars(nn.Module()), *NAMES_OF_HOOKS}) - {"training"}
+_modules_of, _dict_of, _values_of = attrgetter("_modules"), attrgetter("__dict__"), methodcaller("values")
 
 
 class ModuleSettings:
     """The modules in a component, their classes, training flags, methods and plain attributes, as they are now.
 
-    The plain values in an object or container that a module holds, such as a config, count as well, some levels deep.
+    The plain values in an object or container that a module holds, such as a config, count as well, some levels deep,
+    and so do the global ones that the methods use.
 
     Args:
         component: The component. It is not kept alive.
@@ -54,10 +56,12 @@ class ModuleSettings:
         for number, module in enumerate(modules):
             own = {name: value for name, value in vars(module).items() if name not in _NOT_SETTINGS}
             plain = [name for name, value in own.items() if _is_plain(value)]
-            self._getters.append(itemgetter("training", *plain))
+            self._getters.append(itemgetter(*plain) if plain else _nothing)
             others = (name for name, value in own.items() if type(value) not in _PASSED_OVER)
             self._holders += [(number, name) for name in others if name not in plain]
         dicts = [*map(vars, modules)]
+        members = [member for cls in bases if _is_users(cls) for member in vars(cls).values()]
+        self._globals = _plain_globals([*members, *(dicts[number][name] for number, name in self._holders)])
         self._counts = [*map(_count_names, dicts)]
         self._own_forwards = _own_forwards(modules, dicts)
         self._values = [*map(call, self._getters, dicts)]
@@ -72,6 +76,7 @@ class ModuleSettings:
                 _children_of(modules) == self._children
                 and [*map(type, modules)] == self._kinds
                 and all(vars(cls) == held for cls, held in self._classes.items())
+                and all(named.get(name) == value for named, name, value in self._globals)
                 and [*map(_count_names, dicts)] == self._counts
                 and _own_forwards(modules, dicts) == self._own_forwards
                 and [*map(call, self._getters, dicts)] == self._values
@@ -86,6 +91,22 @@ class ModuleSettings:
         seen: set[int] = set()
         once = {id(value): value for value in held}  # many modules hold the same config
         return [[*map(_kind_of_held, held)], *map(_plain_in, once.values(), repeat(seen))]
+
+
+def _plain_globals(values: Iterable[Any]) -> list[tuple[dict, str, Any]]:
+    """Return the global variables with plain values that the functions among some values use: where they are, their
+    names and values."""
+    functions = [value for value in values if type(value) is FunctionType]
+    named = [(function.__globals__, name) for function in functions for name in function.__code__.co_names]
+    return [(known, name, known[name]) for known, name in named if name in known and _is_plain(known[name])]
+
+
+def _is_users(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] not in _LIBRARIES
+
+
+def _nothing(held: dict) -> None:
+    """What to compare of a module without plain attributes."""
 
 
 def _count_names(held: dict) -> int:
@@ -108,7 +129,7 @@ def _own_forwards(modules: Sequence[nn.Module], dicts: Sequence[dict]) -> list[i
 
 def _children_of(modules: Iterable[nn.Module]) -> list[int]:
     """Return the ids of the modules directly in each of some modules."""
-    return [*map(id, chain.from_iterable(map(dict.values, map(_modules_of, modules))))]
+    return [*map(id, chain.from_iterable(map(_values_of, map(_modules_of, modules))))]
 
 
 def kinds_of(arguments: tuple[tuple, dict], total: int) -> tuple:
@@ -131,7 +152,9 @@ def _kind_of(value: Any, total: int) -> tuple:
 
 def _is_plain(value: Any) -> bool:
     kind = type(value)
-    return kind in _PLAIN or (kind is tuple and all(type(one) in _PLAIN for one in value))
+    if kind is tuple:
+        return all(type(one) in _PLAIN for one in value)
+    return kind in _PLAIN or (kind.__module__ == "numpy" and not hasattr(value, "__len__"))
 
 
 def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
@@ -139,9 +162,11 @@ def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
 
     What is in `seen`, by id, is left out; of a large container, such as a vocabulary, only the size counts."""
     seen.add(id(value))
-    inside: Collection[Any] = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
+    inside: Collection[Any] = value
     if isinstance(value, dict):
-        inside = value.values()
+        inside = [*value, *value.values()]
+    elif not isinstance(value, (list, tuple, set, frozenset)):
+        inside = [*getattr(value, "__dict__", {}).values(), *_of_class(type(value), value)]
     if len(inside) > _LARGE:
         return (len(inside),)
     found: list[Any] = []
@@ -152,6 +177,18 @@ def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
         elif levels > 1 and kind not in _PASSED_OVER and id(one) not in seen and _is_looked_into(one):
             found.append(_plain_in(one, seen, levels - 1))
     return tuple(found)
+
+
+def _of_class(cls: type, value: Any) -> list[Any]:
+    """Return the values that an object has through its class: class attributes, and those in slots."""
+    classes = [base for base in cls.__mro__ if _is_users(base)]
+    slots = [getattr(value, name, None) for base in classes for name in _slots_of(base)]
+    return [*slots, *(held for base in classes for held in vars(base).values() if _is_plain(held))]
+
+
+def _slots_of(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _is_looked_into(value: Any) -> bool:

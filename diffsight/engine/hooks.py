@@ -42,6 +42,8 @@ NAMES_OF_HOOKS = frozenset({FORWARD, COMPILED, REDUCE, _DEEPCOPY, OWNER})  # wha
 _lock = RLock()
 _forward_of, _runs_of = operator.itemgetter(FORWARD), operator.itemgetter(3)
 _class_forward_of, _dict_of = operator.attrgetter(FORWARD), operator.attrgetter("__dict__")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_pre_hooks_of, _hooks_of = map(operator.itemgetter, _HOOKS)
 _has, _set, _delete = operator.contains, operator.setitem, operator.delitem  # quicker than `dict.__setitem__` and such
 _run_all = deque(maxlen=0).extend  # runs an iterator to its end, in C
 _FEW = 8  # modules; up to this many are hooked faster one by one than together
@@ -52,9 +54,9 @@ _FEW = 8  # modules; up to this many are hooked faster one by one than together
 # Id of a module to: the override of its calls, its name, the value it replaced, the number of runs, the module, and its
 # `__deepcopy__` during the runs if it has one.
 _hooked: dict[int, list] = {}
-# Ids of hooked modules that have a forward pass of their own, or had one during a run. It may call another hook of the
-# module, which somebody has kept (`old = module.forward`, to wrap it).
-_own_forwards: dict[int, None] = {}
+# Ids of hooked modules whose forward pass may be called by something that is part of their call: by a forward pass that
+# wraps another (`old = module.forward`), now or at some time during a run, or by a hook of others.
+_wrapped: dict[int, None] = {}
 # Signals and garbage collection can interrupt only at function calls. All bookkeeping is therefore updated without
 # calling a function, so that an interrupt never finds a module half hooked.
 
@@ -98,6 +100,11 @@ class ModuleGroup:
         held = [*map(_dict_of, self.modules.values())]
         if True in map(_has, held, repeat(FORWARD)) or True in map(_has, held, repeat(COMPILED)):
             return False
+        try:
+            if any(map(_pre_hooks_of, held)) or any(map(_hooks_of, held)):
+                return False
+        except KeyError:  # a module that passes on to another, say
+            return False
         if not self.entries:
             entries = zip(self.modules.items(), self.puts)
             self.entries = {number: [put, FORWARD, None, 1, module, None] for (number, module), put in entries}
@@ -122,8 +129,8 @@ class ModuleGroup:
         _run_all(map(_delete, self.held, repeat(FORWARD)))
         _run_all(map(dict.pop, self.held, repeat(REDUCE), repeat(None)))
         _run_all(map(_hooked.pop, self.entries))
-        if _own_forwards:
-            _run_all(map(_own_forwards.pop, self.entries, repeat(None)))
+        if _wrapped:
+            _run_all(map(_wrapped.pop, self.entries, repeat(None)))
         if calls_in_threads:
             _run_all(map(calls_in_threads.pop, self.entries, repeat(None)))
         return True
@@ -174,9 +181,10 @@ class HookedModules:
                 deepcopy = None
                 if _copies_itself(kind) and _DEEPCOPY not in held:
                     deepcopy = MethodType(_deepcopy_without_hook, module)
+                is_wrapped = own is not None or any(map(held.get, _HOOKS))
                 known = _hooked[number] = [put, name, own, 1, module, deepcopy]
-                if own is not None:
-                    _own_forwards[number] = None
+                if is_wrapped:
+                    _wrapped[number] = None
                 held[name] = put
                 held[REDUCE] = reduce
                 if deepcopy is not None:
@@ -198,7 +206,7 @@ class HookedModules:
             held = module.__dict__
             if held.get(name) is not put:
                 with _lock:
-                    _own_forwards[id(module)] = None
+                    _wrapped[id(module)] = None
                     known[:3] = _of_its_own(module)
                     held[known[1]] = known[0]
         self._held = [known[4].__dict__ for known in entries]
@@ -221,15 +229,15 @@ class HookedModules:
         while self._known:
             put, name, own, runs, module, deepcopy = known = self._known[-1]
             number, held = id(module), module.__dict__
-            if runs == 1 and number in _own_forwards:
+            if runs == 1 and number in _wrapped:
                 _take_back(module)
             is_ours = held.get(name) is put  # otherwise someone has replaced it meanwhile
             known[3] = runs - 1
             del self._known[-1]
             if runs == 1:
                 del _hooked[number]
-                if number in _own_forwards:
-                    del _own_forwards[number]  # noqa: RUF051 - `pop` would be a call, see above
+                if number in _wrapped:
+                    del _wrapped[number]  # noqa: RUF051 - `pop` would be a call, see above
                 if is_ours and own is None:
                     del held[name]
                 elif is_ours:
@@ -363,7 +371,7 @@ def _through(original: Callable, of_class: Callable | None = None) -> Callable:
             return function(*args, **kwargs)
         counted, number = host.taps.calls, id(module)
         calls = counted.get(number)
-        if _own_forwards and number in _own_forwards and _is_inside_another(module, original):
+        if _wrapped and number in _wrapped and _is_part_of_call(module, original):
             calls = None
         if type(calls) is int:
             counted[number] = calls + 1
@@ -392,13 +400,24 @@ _CODE = _through(nn.Module.forward).__code__
 _MAIN_THREAD = main_thread().ident
 
 
-def _is_inside_another(module: nn.Module, original: Callable) -> bool:
-    """Whether the hook that asks, of the forward pass `original`, was called by another hook of the module, which has
-    counted the call."""
+def _is_part_of_call(module: nn.Module, original: Callable) -> bool:
+    """Whether the hook that asks, of the forward pass `original`, was called within a call of the module: by another
+    hook of a run, which has counted the call, or by a hook of others (`module.forward(...)`)."""
     frame = sys._getframe(2)
-    while frame is not None and not _is_call(frame, module):
+    if _is_of_pytorch(frame):
+        return False
+    while frame is not None:
+        if _is_call(frame, module):
+            return frame.f_locals["original"] is not original
+        if _is_of_pytorch(frame) and frame.f_locals.get("self") is module:
+            return True
         frame = frame.f_back
-    return frame is not None and frame.f_locals["original"] is not original
+    return False
+
+
+def _is_of_pytorch(frame: FrameType) -> bool:
+    """Whether a frame is part of the way in which PyTorch calls modules."""
+    return frame.f_globals.get("__name__") == nn.Module.__module__
 
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:
@@ -417,6 +436,21 @@ def running_call(frame: FrameType | None, module: nn.Module) -> tuple[tuple, dic
             return frame.f_locals["args"][1:], frame.f_locals["kwargs"]
         frame = frame.f_back
     return None
+
+
+def runs_hooks(module: nn.Module) -> bool:
+    """Whether PyTorch makes the innermost call of a hooked module, with the hooks on the module. Otherwise other code
+    calls `module.forward(...)`, without them."""
+    frame = sys._getframe(1)
+    while not _is_call(frame, module):
+        frame = frame.f_back
+    return _is_of_pytorch(frame.f_back)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the hook of a hooked module has been replaced since the model last moved."""
+    known = _hooked.get(id(module))
+    return known is not None and module.__dict__.get(known[1]) is not known[0]
 
 
 def _is_call(frame: FrameType, module: nn.Module) -> bool:

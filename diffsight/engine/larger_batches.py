@@ -12,18 +12,20 @@ batch, and are not its rows.
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import GeneratorType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.changes_in_place import is_in_place
 from diffsight.engine.hooks import has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
-from diffsight.engine.random_generators import generators_of, kept_generators, states_of
+from diffsight.engine.random_generators import GivenGenerators, generators_of, held_by, kept_generators, states_of
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.torch_state import TorchState, call_in
 from diffsight.engine.wrapped_modules import wrapped_path
@@ -104,6 +106,10 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
             return Growth(
                 f"a {type(module).__name__} has a `forward` of its own, which no copy of the model would have"
             )
+    if any(isinstance(value, GeneratorType) for module in component.modules() for value in held_by(module)):
+        return Growth("it holds a generator, which cannot be copied")
+    if any(map(is_lazy, component.parameters())):
+        return Growth("it has weights that its first call creates: call the model once, outside of runs")
     state, generators = TorchState.capture().bare(), generators_of(component.modules())
     ways, why = [_as_it_is, _with_empty_caches, _without_caches] if has_cache(call) else [_as_it_is], ""
     for with_weights in (True, False) if _is_small(component) else (False, True):
@@ -188,13 +194,12 @@ def _call(
         args, kwargs = change(copy.deepcopy(call))
     if not larger.has_grown:
         growth.why_unknown = f"no tensor that the model is called with has a first dimension of {total}"
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
-    generators = [*generators_of(copied.modules()), *given]
+    generators = generators_of(copied.modules())
     before = states_of(generators)
-    with without_global_hooks(), _Values(component, copied) as values:
+    with without_global_hooks(), GivenGenerators() as given, _Values(component, copied) as values:
         copied(*args, **kwargs)
     growth.is_of_values |= values.are_read
-    if states_of(generators) == before:  # otherwise copies may differ in random numbers
+    if states_of(generators) == before and not given.restorers:  # otherwise copies may differ in random numbers
         for shapes, index in mixed:
             shapes[index] = _Mixed(shapes[index])
     return seen

@@ -7,6 +7,7 @@ show whether it is too late; see `taps`. If they cannot show it, the point count
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from diffsight.engine.hooks import FORWARD
 from diffsight.engine.points import INPUTS, LAST, LEFT_OUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import in_run
@@ -80,6 +81,13 @@ def position(stands: Point | str, step: int) -> str:
 
 def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
     """Return the error for a point that the model has passed; `what` is "asked for" or "assigned"."""
+    module = asked.target
+    if module.name == FORWARD and not module.is_registered:
+        return OutOfOrderError(
+            f"{asked} was {what} too late: the model is {where}, and may be past that point. The module is no child of "
+            "the one around it, so its calls are counted only from the moment when a run first asks for it. Ask for it "
+            "before the model calls the module around it, or keep it in an nn.ModuleList or nn.ModuleDict"
+        )
     return OutOfOrderError(
         f"{asked} was {what} too late: the model is {where}, past that point. Ask for values in the order in which the "
         "model computes them, or ask for a later call with .calls[i]"

@@ -1,7 +1,7 @@
-"""Restore the random generators that a model may use: the global ones, and those of its modules.
+"""Restore the random generators that a model may use: the global ones, and those that its modules and its code hold.
 
 generators = generators_of(model.modules())
-with kept_generators(generators):
+with kept_generators(generators), GivenGenerators():
     model(x)                                # draws random numbers
                                             # here all generators are as before
 """
@@ -11,22 +11,29 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from diffsight.engine.torch_state import kept_random_state, random_state
 
 
 def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the global generators of Python and NumPy, and those that modules hold as attributes or directly in lists
-    and dictionaries."""
+    """Return the global generators of Python and NumPy, and those that modules hold as attributes, or that something
+    which they hold directly refers to: a list, an object, a function. The variables that the methods of the modules use
+    count as well."""
     numpy = sys.modules.get("numpy.random")
     of_numpy = [numpy] if numpy else []
     kinds = (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
-    found = {id(value): value for module in modules for value in _held_by(module) if isinstance(value, kinds)}
+    modules = [*modules]
+    bases = {cls for kind in {*map(type, modules)} for cls in kind.__mro__} - {nn.Module, object}
+    held = chain(*map(held_by, modules), *(_used_by(member) for cls in bases for member in vars(cls).values()))
+    found = {id(value): value for value in held if isinstance(value, kinds)}
     return [random, *of_numpy, *(one for one in found.values() if not isinstance(one, random.SystemRandom))]
 
 
@@ -36,7 +43,8 @@ def states_of(generators: Iterable[Any]) -> list[Any]:
     return tree_map(lambda value: value.tolist() if hasattr(value, "tolist") else value, states)  # arrays and tensors
 
 
-def _held_by(module: nn.Module) -> Iterator[Any]:
+def held_by(module: nn.Module) -> Iterator[Any]:
+    """Yield what a module holds as attributes, and what these refer to directly, see `generators_of`."""
     for value in vars(module).values():
         if type(value) is dict:
             yield from value.values()
@@ -44,6 +52,43 @@ def _held_by(module: nn.Module) -> Iterator[Any]:
             yield from value
         else:
             yield value
+            yield from () if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
+            yield from _used_by(value)
+
+
+def _used_by(function: Any) -> Iterator[Any]:
+    """Yield the values of variables from outside that a function or method uses."""
+    function = function.__func__ if isinstance(function, MethodType) else function
+    if callable(function) and not isinstance(function, FunctionType):
+        function = type(function).__call__
+    if isinstance(function, FunctionType):
+        yield from (function.__globals__.get(name) for name in function.__code__.co_names)
+        for cell in function.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # it has no value yet
+                continue
+
+
+class GivenGenerators(TorchFunctionMode):
+    """At the end of the block, restores the generators that were passed to functions of PyTorch within it.
+
+    `restorers` holds a function for each of them, by id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restorers: dict[int, Callable[[], Any]] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = (kwargs or {}).get("generator")
+        if given is not None and id(given) not in self.restorers:
+            self.restorers[id(given)] = _restorer(given)
+        return function(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for restore in self.restorers.values():
+            restore()
 
 
 @contextmanager

@@ -256,6 +256,9 @@ class Flow(RunEnd):
         self._start()
         state = TorchState.capture()
         bodies = self.bodies.functions = [Body(function, self, state) for function in functions]
+        if self._scope.in_step:  # within a loop over steps, they ask for values of its step
+            for body in bodies:
+                body.scope.in_step, body.scope.step, body.scope.stop_at_steps = True, self._scope.step, True
         try:
             call = self.bodies.wake([*bodies], self.parked)
             if call is not None:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -116,8 +117,19 @@ def _tensors_in(held: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a deep copy, or the value itself if it cannot be copied, such as a lock or a process group."""
+    """Return a deep copy. What cannot be copied, such as a lock or a process group, is shared, also inside objects."""
+    count = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:
+        for number in [*memo][count:]:  # copies that are not finished
+            del memo[number]
+    if isinstance(value, (type, ModuleType)) or hasattr(type(value), "__del__") or not hasattr(value, "__dict__"):
         return value
+    try:
+        copied = object.__new__(type(value))
+    except TypeError:  # the class is written in C
+        return value
+    memo[id(value)] = copied
+    vars(copied).update({name: _deep_copied(one, memo) for name, one in vars(value).items()})
+    return copied

@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.checkpointed_regions import end_checkpoints, is_computed_again
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.hooks import COMPILED, FORWARD
+from diffsight.engine.hooks import COMPILED, FORWARD, is_replaced, runs_hooks
 from diffsight.engine.points import INPUTS, LEFT_OUT, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.threads import calls_in_threads
 from diffsight.engine.torch_state import TorchState, unseen
-from diffsight.engine.users_hooks import has_forward_hooks, is_unsure, output_hooks
+from diffsight.engine.users_hooks import Contents, has_forward_hooks, has_others, output_hooks
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import DiffsightError, warn_user
 
@@ -214,7 +214,7 @@ class Tap:
         """Let the call end in a hook of its own, after those that may change the output; return False if none may."""
         owner, index = self.target.owner, self.active[-1]
         before = output_hooks(owner) if self._has_hooks() else []
-        if not before:
+        if not (before and runs_hooks(owner)):
             return False
         watch = self._watch_hooks((OUTPUT, index), before)
 
@@ -239,17 +239,17 @@ class Tap:
 
     def _watch_hooks(self, key: PointKey, before: list[int]) -> Callable[[Any], None] | None:
         """Refuse a point that is read or assigned if a hook that runs after it changes the output in place. Return the
-        function to call with the output when it has passed the point; None if no such hook calls anything."""
+        function to call with the output when it has passed the point; None if there is no such hook."""
         owner, watched = self.target.owner, []
         is_touched = key in self.awaited or key in self.pending or OUTPUT in self.keepers
-        if not is_touched or not is_unsure(owner, before):
+        if not is_touched or not has_others(owner, before):
             return None
 
         def last(module: nn.Module, args: tuple, output: Any) -> None:
             if module is not owner or current_owner() is not self.host:
                 return
             self._remove_hook(hook)
-            if watched and watched[0] is output and watched[1] != _versions_in(output):
+            if watched and watched[0] is output and not unseen(watched[1].is_current):
                 self._refuse(
                     key,
                     None,
@@ -259,7 +259,7 @@ class Tap:
 
         hook = owner.register_forward_hook(last)
         self.hooks = (*self.hooks, hook)
-        return lambda output: watched.extend((output, _versions_in(output)))
+        return lambda output: watched.extend((output, unseen(Contents, output)))
 
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """Let a value pass a point. Return the value that the model continues with, and whether it was replaced."""
@@ -271,6 +271,13 @@ class Tap:
         if calls_in_threads or not state.is_plain or hides_calls:  # rarely
             self._check_region(key)
             state = None  # it may have changed
+        if self.is_module and key[0] == OUTPUT and is_replaced(self.target.owner):
+            self._refuse(
+                key,
+                None,
+                "is not known: the model has replaced the `forward` of that module by one that calls the earlier one. "
+                "Run the model once before you ask for it, or ask for the value where it goes next",
+            )
         if waiting is not None or key in self.pending:
             point = Point(self, key, value, not waiting or False not in waiting)
             host.arrive(point, state)
@@ -458,10 +465,6 @@ def _ends_gradients(given: Any, output: Any) -> bool:
     """Whether a call is given tensors with gradients, and nothing that it returns has any."""
     given, output = ([leaf for leaf in tree_leaves(one) if isinstance(leaf, Tensor)] for one in (given, output))
     return any(leaf.requires_grad for leaf in given) and not any(leaf.requires_grad for leaf in output)
-
-
-def _versions_in(output: Any) -> list[int]:
-    return unseen(_versions, tree_leaves(output), _NONE)
 
 
 def _versions(args: Sequence, kwargs: dict) -> list[int]:

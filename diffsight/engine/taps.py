@@ -223,6 +223,13 @@ class Taps(dict[Key, Tap]):
         self._origins.update(dict.fromkeys(modules, origin))
         self.calls.update(dict.fromkeys(modules, 0))
 
+    def _count_unregistered(self, outer: Target, origin: Origin) -> None:
+        """Count the modules that a module holds beside its children, which the model is about to call as well."""
+        components = [component.owner for component in self.components if isinstance(component.owner, nn.Module)]
+        registered = {id(module) for component in components for module in component.modules()}
+        beside = {id(module): module for module in outer.unregistered() if id(module) not in registered}
+        self._count(beside, origin)
+
     def _tap_everything(self, component: Target) -> None:
         new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
         origin = Origin(step=self._host.clock.index)
@@ -246,8 +253,11 @@ class Taps(dict[Key, Tap]):
         if name == FORWARD:
             self.calls[number] = tap
             self.hooked.hook([target.owner])
-            if tap.origin.guard is not None and not _is_registered(target):
-                tap.unseen = tap.unseen_in_step = 1  # it was not counted with the other modules
+            if target.outer is not None and not target.is_registered:
+                if tap.origin.guard is not None:
+                    tap.unseen = tap.unseen_in_step = 1  # it was not counted with the other modules
+                else:
+                    self._count_unregistered(target.outer, tap.origin)
         else:
             tap.hooks = (*tap.hooks, target.attach(tap))
         return tap
@@ -273,8 +283,3 @@ class Taps(dict[Key, Tap]):
             unseen_in_step,
             (around, around.active[-1]) if running else around.origin.guard,
         )
-
-
-def _is_registered(target: Target) -> bool:
-    """Whether a module is a child of the module around it, not in a plain list of it, say."""
-    return any(child.owner is target.owner for child in target.outer.children().values())

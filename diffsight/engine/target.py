@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.hooks import COMPILED, FORWARD, ModuleGroup, TappedMethod
 from diffsight.engine.unseen_modules import why_unseen
@@ -116,6 +117,16 @@ class Target:
         wrapped = children.get(WRAPPED)
         return children if wrapped is None else {**wrapped.children(), **children}
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether a module is a child of the module around it, not in a plain list of it, say."""
+        return self.outer is None or any(child.owner is self.owner for child in self.outer.children().values())
+
+    def unregistered(self) -> list[nn.Module]:
+        """Return the modules that this one holds in plain lists and dictionaries, or otherwise beside its children."""
+        held = [value for name, value in vars(self.owner).items() if name != "_modules"]
+        return [leaf for leaf in tree_leaves(held) if isinstance(leaf, nn.Module)]
+
     def called_modules(self) -> ModuleGroup:
         """Return the modules directly in this one. A list or dict, which is never called itself, is replaced by the
         modules in it. The result is kept as long as the modules stay the same."""
@@ -150,6 +161,8 @@ def join(path: str, name: str | int) -> str:
     """Return the path of a child as a user writes it: `unet.mid_block`, `layers[4]`."""
     if isinstance(name, int) or name.isdigit():
         return f"{path}[{name}]"
+    if name.startswith("["):
+        return f"{path}{name}"
     return f"{path}.{name}" if path else name
 
 

@@ -3,20 +3,23 @@
 The model continues with the return value of the last of these hooks, so this is the module's output. Hooks that only
 look at the output, such as the hooks with which transformers captures hidden states, see the run's edits. Whether a
 hook only looks must be known before it is called, and is determined from its bytecode: it returns nothing and changes
-nothing of the output in place. What the functions that it calls do is not known; `is_unsure` finds such hooks.
+nothing of the output in place. What it passes the output to, or keeps of it, may still change it; so where a run reads
+or assigns the output, `Tap` looks whether it was changed after all.
 """
 
 import dis
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
+from operator import is_
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_flatten
 
 from diffsight.engine.changes_in_place import UNKNOWN, changed_in_place, is_in_place
 
@@ -26,8 +29,36 @@ _RETURN_NOTHING = {  # methods of Python's containers that return None
     set: {"add", "update", "clear"},
     dict: {"update", "clear", "__setitem__"},
 }
-_passing_on: WeakKeyDictionary[FunctionType, bool] = WeakKeyDictionary()  # what `_may_pass_on` has found
+_LEVELS = 2  # of objects in an output that are looked into
 _NO_STEPS = {"RESUME", "COPY_FREE_VARS", "CACHE", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG"}
+
+
+class Contents:
+    """What an output holds, some levels deep, and how often each tensor in it was changed in place."""
+
+    def __init__(self, output: Any) -> None:
+        self._output = output
+        self._held, self._versions = _contents(output)
+
+    def is_current(self) -> bool:
+        """Whether the output still holds the same things, unchanged."""
+        held, versions = _contents(self._output)
+        return versions == self._versions and len(held) == len(self._held) and all(map(is_, held, self._held))
+
+
+def _contents(value: Any, levels: int = _LEVELS) -> tuple[list[Any], list[Any]]:
+    """Return everything in a value, and the structure of its containers with the versions of its tensors."""
+    leaves, structure = tree_flatten(value)
+    held, versions = [*leaves], [structure]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            versions.append(None if leaf.is_inference() else leaf._version)
+        elif levels and not isinstance(leaf, (type, nn.Module)):
+            for name, one in getattr(leaf, "__dict__", {}).items():
+                inside, others = _contents(one, levels - 1)
+                held += inside
+                versions += [name, *others]
+    return held, versions
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -46,18 +77,24 @@ def output_hooks(module: nn.Module) -> list[int]:
     return [number for _, number in hooks]
 
 
-def is_unsure(module: nn.Module, before: list[int]) -> bool:
-    """Return whether a hook, other than those with the ids `before`, calls functions that might change the output in
-    place."""
-    hooks = [hook for number, hook in module._forward_hooks.items() if number not in before]
-    if not before:
-        hooks += torch_module._global_forward_hooks.values()
-    return any(map(_may_pass_on, hooks))
+def has_others(module: nn.Module, before: list[int]) -> bool:
+    """Return whether a module has forward hooks other than those with the ids `before`."""
+    return len(module._forward_hooks) > len([number for number in before if number != -1]) or (
+        bool(torch_module._global_forward_hooks) and not before
+    )
+
+
+def may_replace_values(module: nn.Module) -> bool:
+    """Return whether hooks of others may replace the inputs or the output of a module."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks += [*torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()]
+    package = __name__.partition(".")[0]
+    return any(getattr(hook, "__module__", "").partition(".")[0] != package and not only_looks(hook) for hook in hooks)
 
 
 def only_looks(hook: Callable) -> bool:
     """Return whether a hook always returns None, and does not itself change the output in place."""
-    function, bound, given, _ = _function_of(hook)
+    function, bound, given = _function_of(hook)
     if function is None or not (_returns_nothing(function.__code__) or _adds_to_container(function)):
         return False
     changed = changed_in_place(function.__code__)
@@ -69,51 +106,20 @@ def only_looks(hook: Callable) -> bool:
     return not any(_may_be_output(name, function) for name in changed - others - given)
 
 
-def _may_pass_on(hook: Callable) -> bool:
-    """Whether a hook may call a function that is written in Python, and is not known to change nothing in place."""
-    function, _, _, owner = _function_of(hook)
-    if function is None:
-        return False
-    if owner is not None:
-        return any(map(_may_change, _called_by(function, owner)))
-    if function not in _passing_on:
-        _passing_on[function] = any(map(_may_change, _called_by(function)))
-    return _passing_on[function]
-
-
-def _may_change(function: FunctionType) -> bool:
-    changed = changed_in_place(function.__code__)
-    return any(_may_be_output(name, function) for name in changed) or next(_called_by(function), None) is not None
-
-
-def _called_by(function: FunctionType, owner: Any = None) -> Iterator[FunctionType]:
-    """Return the functions in Python that a function uses by name; of methods, only those of `owner`."""
-    values = [function.__globals__.get(name) for name in function.__code__.co_names]
-    values += [_value_of(name, function) for name in function.__code__.co_freevars]
-    if owner is not None:
-        values += [getattr(type(owner), name, None) for name in function.__code__.co_names]
-    for value in values:
-        while isinstance(value, functools.partial):
-            value = value.func
-        value = value.__func__ if isinstance(value, MethodType) else value
-        if isinstance(value, FunctionType):
-            yield value
-
-
-def _function_of(hook: Callable) -> tuple[FunctionType | None, int, frozenset[str], Any]:
+def _function_of(hook: Callable) -> tuple[FunctionType | None, int, frozenset[str]]:
     """Return the function that a hook calls, None if it is not written in Python; how many arguments it is given before
-    the module, and the names of those given by name; and the object whose method it is."""
-    bound, given, owner = 0, frozenset(), None
+    the module; and the names of those given by name."""
+    bound, given = 0, frozenset()
     while not isinstance(hook, FunctionType):
         if isinstance(hook, functools.partial):
             bound, given, hook = bound + len(hook.args), given | hook.keywords.keys(), hook.func
         elif isinstance(hook, MethodType):
-            bound, owner, hook = bound + 1, hook.__self__, hook.__func__
+            bound, hook = bound + 1, hook.__func__
         elif isinstance(type(hook).__call__, FunctionType):
-            bound, owner, hook = bound + 1, hook, type(hook).__call__
+            bound, hook = bound + 1, type(hook).__call__
         else:
-            return None, 0, given, None
-    return hook, bound, given, owner
+            return None, 0, given
+    return hook, bound, given
 
 
 def _may_be_output(name: str, function: FunctionType) -> bool:

@@ -96,7 +96,7 @@ def _read(path: Path) -> list[Key]:
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
-            name, digest, *rest = [*line.split(), ""]
+            name, digest, *rest = [*line.split(), "", ""]
             runs = rest[0] or str(_DEFAULT_RUNS)
             if len(digest) != 64 or not runs.isdigit():
                 raise InputError(f"{path}, line {number}: a line is a name, a hash, and perhaps a number of runs")

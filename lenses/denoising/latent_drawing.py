@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from diffsight.errors import InputError
+from diffsight.lenses.results.outputs import outputs_in
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.latents import ending_with, with_sample
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
-
-_OUTPUTS = ("images", "image", "frames", "audios")
 
 
 class CallRecorder:
@@ -92,14 +91,6 @@ def draw_latents(
     return outputs
 
 
-def check_drawn(model: DiffusionModel, result: Any) -> Sequence[Any]:
-    """Return the images, frames or sounds in the result of a pipeline."""
-    name = next(iter(result), None) if isinstance(result, Mapping) else None
-    if name is not None and name not in _OUTPUTS:
-        raise InputError(f"{type(model.pipeline).__name__} returns {name}: there is no image to look at")
-    return result[0]
-
-
 def _draw(
     model: DiffusionModel, recorder: CallRecorder, latents: Sequence[torch.Tensor], call: Mapping[str, Any]
 ) -> Sequence[Any]:
@@ -108,7 +99,7 @@ def _draw(
         recorder.skip(run)
         last = run.scheduler.step.calls[step]
         last.output = with_sample(last.output, batch)
-    drawn = check_drawn(model, run.result)
+    drawn = outputs_in(run.result, model.pipeline)
     if len(drawn) != len(latents):
         raise InputError(
             f"{type(model.pipeline).__name__} drew {len(drawn)} images from {len(latents)} latents: pass batch_size=1"

@@ -16,27 +16,21 @@ from itertools import count
 from typing import Any, Generic, TypeVar
 
 import torch
-from diffusers.modular_pipelines import PipelineState
 from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from diffsight.errors import DiffsightError, InputError, warn_user
+from diffsight.errors import DiffsightError, warn_user
+from diffsight.lenses.results.outputs import NoImagesError, outputs_in
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall, EncoderRecord
 from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
-_OUTPUTS = ("images", "image", "frames", "audios")
-_OUTPUTS_OF_BLOCKS = ("images", "videos", "frames", "audios")
 Item = TypeVar("Item")
 
 
 class LensWarning(UserWarning):
     """A lens cannot work as described, and falls back to something slower."""
-
-
-class NoImagesError(InputError):
-    """A pipeline returns no images, videos or sounds."""
 
 
 class BatchMismatchError(DiffsightError):
@@ -164,22 +158,10 @@ class Drawing:
             given = {"prompt": prompts, "seed": seeds, **for_each_row(self.arguments, len(rows))}
         else:
             given = {"prompt": prompts[0], "seed": seeds[0], **self.arguments}
-        result = edited.generate(**given).result
-        name = next(iter(result), None) if isinstance(result, Mapping) else None
-        if name is not None and name not in _OUTPUTS:
-            raise NoImagesError(f"{type(self.model.pipeline).__name__} returns {name}: there is no image to look at")
-        outputs = _outputs_in(result.values) if isinstance(result, PipelineState) else result[0]
+        outputs = outputs_in(edited.generate(**given).result, self.model.pipeline)
         if len(outputs) != len(rows):
             raise BatchMismatchError(f"it returned {len(outputs)} images for {len(rows)} prompts")
         return outputs
-
-
-def _outputs_in(state: Mapping[str, Any]) -> Sequence[Any]:
-    """Return the images, videos or sounds in the final state of a modular pipeline."""
-    name = next((name for name in _OUTPUTS_OF_BLOCKS if state.get(name) is not None), None)
-    if name is None:
-        raise NoImagesError("the modular pipeline has made no images to look at")
-    return state[name]
 
 
 def calls_in(run: DiffusionRun, reading: EncoderRecord, rows: Rows) -> Iterator[tuple[int, EncoderCall]]:

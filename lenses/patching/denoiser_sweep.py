@@ -21,7 +21,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.features.activation_stream import tensor_in
 from diffsight.lenses.metrics.metric import IMAGES, LATENTS, Outcome
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import image_of, outputs_in
 from diffsight.lenses.sites.items import with_tensor
 from diffsight.lenses.sites.pipeline_positions import WholeValue
 from diffsight.lenses.sites.site import Site
@@ -260,7 +260,7 @@ class DenoiserRows:
     def _outcome(self, run: DiffusionRun, latents: Sequence[torch.Tensor]) -> Outcome:
         """Run the pipeline to its end; return its outcome."""
         result = run.result
-        images = tuple(map(image_of, result[0])) if IMAGES in self._reads else None
+        images = tuple(map(image_of, outputs_in(result, self._model.pipeline))) if IMAGES in self._reads else None
         if LATENTS in self._reads and not latents:
             raise InputError(f"the latents of {type(self._model.pipeline).__name__} do not pass through scheduler.step")
         return Outcome(images=images, latents=latents[-1] if latents else None)

@@ -2,19 +2,42 @@
 
 import io
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers.modular_pipelines import PipelineState
 from PIL import Image
 
+from diffsight.errors import InputError
 from diffsight.lenses.results.sections import Media
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
+_NAMES = ("images", "image", "frames", "audios")
+_NAMES_IN_STATES = ("images", "videos", "frames", "audios")  # in the final state of a modular pipeline
 _FRAMES_PER_SECOND = 8
 _WAVE_SIZE = (192, 96)  # width and height of the image of a sound, in pixels
+
+
+class NoImagesError(InputError):
+    """A pipeline returns no images, videos or sounds."""
+
+
+def outputs_in(result: Any, pipeline: Any) -> Sequence[Any]:
+    """Return the images, videos or sounds in the result of a pipeline.
+
+    Raises NoImagesError if there are none."""
+    if isinstance(result, PipelineState):
+        name = next((name for name in _NAMES_IN_STATES if result.values.get(name) is not None), None)
+        if name is None:
+            raise NoImagesError("the modular pipeline has made no images to look at")
+        return result.values[name]
+    name = next(iter(result), None) if isinstance(result, Mapping) else None
+    if name is not None and name not in _NAMES:
+        raise NoImagesError(f"{type(pipeline).__name__} returns {name}: there is no image to look at")
+    return result[0]
 
 
 def image_of(output: Any) -> Image.Image:

@@ -7,7 +7,7 @@ import torch
 
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.metrics.metric import LATENTS, Metric, Outcome
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import image_of, outputs_in
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 
@@ -26,7 +26,7 @@ def draw_rows(
     with progress_bar(model.pipeline, disable=True), model.generate(**call) as run:
         if LATENTS in metric.reads:
             run.follow("scheduler.step.output", keep)
-    images = tuple(map(image_of, run.result[0]))
+    images = tuple(map(image_of, outputs_in(run.result, model.pipeline)))
     return Outcome(images=images, latents=latents[0].detach().cpu() if latents else None)
 
 

@@ -203,7 +203,7 @@ def _check_positions(model: Any, positions: Positions) -> None:
         if positions.dtype != torch.bool:
             raise InputError(f"a mask over the image must be of torch.bool, not {positions.dtype}")
         return
-    if isinstance(positions, str) or not all(hasattr(place, "__index__") for place in positions):
+    if isinstance(positions, (str, slice)) or not all(hasattr(place, "__index__") for place in positions):
         raise InputError(f"positions are integers, or a mask (rows, columns) of torch.bool, not {positions!r}")
 
 

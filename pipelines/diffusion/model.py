@@ -293,6 +293,9 @@ class DiffusionModel(HasEncoders, Model):
         steps = arguments.get("num_inference_steps")
         if isinstance(steps, float) and not steps.is_integer():
             raise InputError(f"num_inference_steps must be a whole number, not {steps}")
+        for name in PER_INPUT:
+            if isinstance(arguments.get(name), float):
+                raise InputError(f"{name} must be a whole number, not {arguments[name]}")
         for name in ("num_inference_steps", *PER_INPUT):
             if isinstance(arguments.get(name), int) and arguments[name] < 1:
                 raise InputError(f"{name} must be 1 or more, not {arguments[name]}")

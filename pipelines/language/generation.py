@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, OutOfOrderError, suggest
 from diffsight.extending import (
     FORWARD,
     Asked,
@@ -113,6 +113,7 @@ class GeneratedTokens(StoppingCriteria):
         self.has_beams = False
         self.end_tokens: set[int] = set()
         self._clock = Clock([])
+        self.given: torch.Tensor | None = None  # the tokens that a decoder was given to continue, if any
         self._prompt: int | None = None  # the number of tokens before the first choice, if one choice may add several
         self._is_new = True  # whether the next choice is the first of a text
 
@@ -144,6 +145,7 @@ class GeneratedTokens(StoppingCriteria):
     def along_with(self, net: nn.Module, arguments: Mapping[str, Any]) -> StoppingCriteriaList:
         """Begin a new text, and return the stopping criteria for its call of `generate`."""
         self._is_new = True
+        self.given = arguments.get("decoder_input_ids")
         several = any(setting(net, arguments, name) for name in _SEVERAL)
         self._prompt = _prompt_length(net, arguments) if several else None
         ends = setting(net, arguments, "eos_token_id")
@@ -217,6 +219,9 @@ class GenerationRun(Run):
 
         Raises InputError with beam search, which chooses its text only at the end."""
         self._check_generates("stream()")
+        flow = flow_of(self._pass)
+        if flow.outcome is not None:
+            raise OutOfOrderError(f"run.stream() was asked for too late: {flow.outcome}. Read run.text")
         self._check_no_beams("stream()")
         return self._pieces()
 
@@ -283,6 +288,17 @@ def decoded(tokenizer: Any, ids: torch.Tensor) -> str:
             "text needs a tokenizer, and the model has none: pass one, as in LanguageModel((model, tokenizer))"
         )
     return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def start_after(given: torch.Tensor | None, ids: torch.Tensor) -> int:
+    """Return the index at which a decoder continues the tokens that it was given, perhaps after one of its own; 0 if
+    they are not in its output."""
+    if not isinstance(given, torch.Tensor) or given.ndim != 2:
+        return 0
+    given = given.repeat_interleave(max(1, len(ids) // len(given)), 0).to(ids.device)
+    count = given.shape[1]
+    starts = (start for start in (0, 1) if torch.equal(ids[:, start : start + count], given))
+    return next((start + count for start in starts), 0)
 
 
 def one_or_many(texts: list[str]) -> str | list[str]:

@@ -53,6 +53,7 @@ from diffsight.pipelines.language.generation import (
     one_or_many,
     set_generated,
     setting,
+    start_after,
 )
 from diffsight.pipelines.language.generation_numbers import check_generation_numbers
 from diffsight.pipelines.language.inputs import PER_TOKEN, Inputs, prepare_inputs
@@ -160,13 +161,12 @@ class LanguageRun(GenerationRun):
             stopped = stopped and self._generated.choices
             result = self._generated.choices[-1].ids if stopped else self.result
             ids = result["sequences"] if isinstance(result, Mapping) else result
-            return one_or_many([decoded(self._model.tokenizer, row) for row in ids[:, self._start_of_text :]])
+            return one_or_many([decoded(self._model.tokenizer, row) for row in ids[:, self._start_of_text(ids) :]])
 
-    @property
-    def _start_of_text(self) -> int:
-        """The index at which the generated text begins. A model may leave out a part of the prompt."""
+    def _start_of_text(self, ids: torch.Tensor) -> int:
+        """The index at which the generated text begins in `ids`. A model may leave out a part of the prompt."""
         if owner_of(self._model).config.is_encoder_decoder:
-            return 0
+            return start_after(self._generated.given, ids)
         if self._generated.choices:
             return self._generated.choices[0].start
         return 0 if self.tokens is None else self.tokens.shape[-1]

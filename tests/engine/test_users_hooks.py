@@ -237,13 +237,13 @@ def test_hooks_of_all_modules(net, x, layer):
 
 
 def test_steps_and_rows(net, x, layer, plus_one):
-    batch = torch.cat([x, x * 2])
-    with Model(net).trace([x, x * 2]) as run:
+    batch = torch.cat([x, x * 2, x * 3])
+    with Model(net).trace([x, x * 2, x * 3]) as run:
         run.rows[0].layers[0].output = torch.zeros_like(x)
         other = run.rows[1].layers[0].output
         got = run.layers[1].input
     assert torch.equal(got[: len(x)], torch.zeros_like(x))
-    assert torch.equal(got[len(x) :], other)
+    assert torch.equal(got[len(x) : 2 * len(x)], other)
     assert batch.shape == got.shape
 
 
