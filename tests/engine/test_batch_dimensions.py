@@ -3,7 +3,9 @@
 import functools
 import gc
 import random
+import threading
 import weakref
+from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 
 import numpy as np
@@ -490,3 +492,143 @@ class Similar(nn.Module):
 def test_rows_that_differ_by_their_place_or_by_chance(is_training):
     row, whole = row_of(Similar().train(is_training), torch.randn(3, 8), "part")
     assert torch.equal(row, whole[1:2])
+
+
+@dataclass(slots=True)
+class InSlots:
+    flip: bool = False
+
+
+class OfClass:
+    flip = False
+
+
+FLIP = False
+
+
+class Asks(nn.Module):
+    """Its middle has the time first if a function finds a setting."""
+
+    def __init__(self, options, ask):
+        super().__init__()
+        self.middle, self.options, self.ask = nn.Identity(), options, ask
+
+    def forward(self, x):
+        return turned(self.middle(turned(x))) if self.ask(self.options) else self.middle(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "ask", "flip"),
+    [
+        (InSlots(), lambda own: own.flip, lambda net, patch: setattr(net.options, "flip", True)),
+        (OfClass(), lambda own: own.flip, lambda net, patch: patch.setattr(OfClass, "flip", True)),
+        ({"plain": 0}, lambda own: "plain" not in own, lambda net, patch: setattr(net, "options", {"flip": 0})),
+        ({"plain"}, lambda own: not own, lambda net, patch: net.options.clear()),
+        (np.bool_(False), bool, lambda net, patch: setattr(net, "options", np.bool_(True))),
+        (None, lambda own: FLIP, lambda net, patch: patch.setitem(globals(), "FLIP", True)),
+    ],
+)
+def test_a_layout_that_an_unusual_setting_changes_is_found_again(options, ask, flip, monkeypatch):
+    net, x = Asks(options, ask), torch.randn(2, 2, 4)
+    assert torch.equal(row_of(net, x)[0], x[1:])
+    flip(net, monkeypatch)
+    assert row_of(net, x)[0] is None
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_may_change_the_layout(register):
+    net, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.randn(2, 2, 4)
+    getattr(net[0], register)(lambda module, args, output=None: (args[0].transpose(0, 1),))
+    net[1].register_forward_pre_hook(lambda module, args: args[0] if isinstance(args[0], tuple) else None)
+    assert row_of(net, x, "1")[0] is None
+    batch = torch.randn(2, 3, 4)
+    net[0]._forward_hooks.clear()
+    net[0]._forward_pre_hooks.clear()
+    net[0].register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.equal(row_of(net, batch, "1")[0], batch[1:] + 1)
+
+
+GLOBAL = torch.Generator()
+
+
+def draws(generator):
+    return lambda x: x + torch.rand(x.shape, generator=generator)
+
+
+class Helper:
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __call__(self, x):
+        return x + torch.rand(x.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("ask", [draws(GLOBAL), Helper(GLOBAL), lambda x: x + torch.rand(x.shape, generator=GLOBAL)])
+def test_generators_of_functions_and_helpers_stay_as_they_are(ask):
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.ask = nn.Identity(), ask
+
+        def forward(self, x):
+            return self.part(self.ask(x))
+
+    net, x = Draws(), torch.randn(2, 4)
+    GLOBAL.manual_seed(1)
+    expected, state = net(x), GLOBAL.get_state()
+    GLOBAL.manual_seed(1)
+    row, whole = row_of(net, x, "part")
+    assert torch.equal(whole, expected) and torch.equal(row, expected[1:])
+    assert torch.equal(GLOBAL.get_state(), state)
+
+
+class Counts:
+    def __init__(self):
+        self.lock, self.calls = threading.Lock(), 0
+
+
+class Guarded(nn.Module):
+    """Counts its calls in an object with a lock, which cannot be copied as a whole."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.part, self.counts = nn.Identity(), counts
+
+    def forward(self, x):
+        x = self.part(x)
+        with self.counts.lock:
+            self.counts.calls += 1
+        return x * self.counts.calls
+
+
+def test_objects_that_cannot_be_copied_as_a_whole():
+    counts, x = Counts(), torch.randn(2, 4)
+    net = nn.Sequential(Guarded(counts), Guarded(counts))
+    assert torch.equal(row_of(net, x, "0.part")[0], x[1:])
+    assert counts.calls == 2
+
+
+def test_generators_of_python_are_not_run():
+    net, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.randn(2, 4)
+    net.scales = (scale for scale in range(9))
+    assert row_of(net, x, "0")[0] is None and next(net.scales) == 0
+
+
+def test_weights_that_the_first_call_creates():
+    net = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(4))
+    with pytest.raises(InputError, match="it has weights that its first call creates: call the model once"):
+        with torch.no_grad(), Model(net).trace(torch.randn(2, 4)) as run:
+            run.rows[0][0].output
+
+
+@pytest.mark.parametrize("path", ["0", "1", "1.0"])
+def test_rows_beside_a_compiled_part(path):
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())), torch.randn(3, 4)
+    net[1] = torch.compile(net[1], backend="eager")
+    row, whole = row_of(net, x, path)
+    assert torch.equal(row, whole[1:2])
+
+
+def test_rows_beside_a_scripted_part():
+    net = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    assert row_of(net, torch.randn(3, 4), "0")[0] is None

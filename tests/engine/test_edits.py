@@ -405,6 +405,10 @@ def test_attached_to_a_copy(model, net, x):
     with replaced(net.layers[1], sae):
         assert torch.equal(run.result, net(x))
     assert footprint(net) == before and not any("sae" in name for name in net.state_dict())
+    for pattern in ("**", "layers[1].*", "layers[1].sae.*"):
+        with edited.trace(x) as run:
+            kept = run.record(pattern)
+        assert any(name.startswith("layers[1].sae") for name in kept)
     assert not hasattr(model.layers[1], "sae") and "sae" in dir(edited.layers[1])
     assert "sae" in repr(edited)
 

@@ -158,3 +158,45 @@ def test_a_later_call_of_an_unregistered_module_is_not_given_as_the_first():
                 with Model(net).trace(X) as run:
                     early(run)
                     run[1].kept[0].output
+
+
+class InLists(nn.Module):
+    """Keeps layers in a plain list and a plain dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.several = nn.Linear(4, 4), [nn.Linear(4, 4) for _ in range(3)]
+        self.named = {"last": nn.Sequential(nn.Linear(4, 4))}
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.several:
+            x = layer(x)
+        return self.named["last"](x)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_unregistered_modules_one_after_the_other(before):
+    net, seen = nn.Sequential(nn.Linear(4, 4), InLists()), []
+    with torch.no_grad():
+        hooks = [layer.register_forward_hook(lambda m, a, o: seen.append(o)) for layer in net[1].several]
+        hooks.append(net[1].named["last"][0].register_forward_hook(lambda m, a, o: seen.append(o)))
+        net(X)
+        for hook in hooks:
+            hook.remove()
+        with Model(net).trace(X) as run:
+            if before:
+                run[0].output
+            read = [run[1].several[number].output for number in range(3)]
+            read.append(run[1].named["last"][0].output)
+        assert list(map(torch.equal, read, seen)) == [True] * 4
+        with Model(net).trace(X) as run:
+            run[1].several[0].output
+            run[1].several[1].output = ZERO
+        assert torch.equal(run.result, net[1].named["last"](net[1].several[2](ZERO)))
+        with pytest.raises(
+            OutOfOrderError, match=r"several\[2\].*too late: .*may be past that point. The module is no"
+        ):
+            with Model(net).trace(X) as run:
+                run[1].first.output
+                run[1].several[2].output

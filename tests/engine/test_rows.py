@@ -448,6 +448,32 @@ def test_each_repeats_over_steps():
     assert torch.equal(torch.tensor(seen), torch.tensor(expected).T)
 
 
+def test_each_in_a_loop_over_steps():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30)).eval()
+    ids, given = torch.arange(10).view(2, 5), dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model, expected = Model(gpt2), []
+    hook = gpt2.transformer.h[1].register_forward_hook(lambda m, i, o: expected.append(o))
+    gpt2.generate(ids, **given)
+    hook.remove()
+    with model.generate(ids, **given) as run:
+        seen = [run.each(lambda row: row.transformer.h[1].output.clone()) for _ in run.steps]
+    assert [torch.equal(torch.cat(rows), whole) for rows, whole in zip(seen, expected, strict=True)] == [True] * 3
+
+    def triple(row):
+        row.transformer.h[1].output *= 3
+
+    with model.generate(ids, **given) as run, model.generate(ids, **given) as other:
+        for _ in run.steps[1:]:
+            run.each(triple)
+        for _ in other.steps[1:]:
+            other.transformer.h[1].output *= 3
+    assert torch.equal(run.result, other.result)
+    with pytest.raises(OutOfOrderError, match="step 0 ended"):
+        with model.generate(ids, **given) as run:
+            for _ in run.steps:
+                run.each(lambda row: row.transformer.h[1].calls[1].output)
+
+
 def test_errors_of_a_body_surface_and_leave_nothing(net, inputs):
     def behind(row):
         row.second.output

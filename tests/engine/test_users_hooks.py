@@ -300,3 +300,93 @@ def test_the_input_is_what_the_module_gets_after_hooks_that_the_body_registers(n
     handle.remove()
     assert torch.equal(given, net.last(value)) and torch.equal(others, net.last(value + 1))
     assert not net.last._forward_pre_hooks
+
+
+def keep_and_change(module, args, output):
+    module.kept = output
+    module.kept.mul_(2)
+
+
+def add_to_list(module, args, output):
+    output["all"].append(output["last"])
+
+
+def update(module, args, output):
+    output.update(last=output["last"] * 2)
+
+
+def set_attribute(module, args, output):
+    setattr(output, "last", output["last"] * 2)  # noqa: B010 - not an assignment
+
+
+class Output(dict):
+    """A dictionary with its items as attributes."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Returns(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return x.sin() if self.kind is None else self.kind({"last": x.sin(), "all": [x]})
+
+
+class Takes(nn.Module):
+    def forward(self, x):
+        return x if isinstance(x, torch.Tensor) else x["last"] + sum(x["all"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook"), [(None, keep_and_change), (dict, add_to_list), (dict, update), (Output, set_attribute)]
+)
+def test_a_hook_that_changes_the_output_unforeseen(kind, hook):
+    net, x = nn.Sequential(nn.Linear(4, 4), Returns(kind), Takes()), torch.randn(2, 4)
+    with torch.no_grad():
+        net[1].register_forward_hook(hook)
+        expected = net(x)
+        with Model(net).trace(x) as run:
+            assert torch.equal(run[2].output, expected)
+        with pytest.raises(DiffsightError, match=r"\[1\]\.output is changed in place by a hook on the module"):
+            with Model(net).trace(x) as run:
+                run[1].output
+    assert len(net[1]._forward_hooks) == 1
+
+
+def test_a_hook_that_calls_the_forward_pass():
+    """As hooks do that run a module again without calling themselves."""
+    layer, x, seen = nn.Linear(4, 4), torch.randn(2, 4), []
+    net = nn.Sequential(nn.Linear(4, 4), layer, nn.Tanh(), layer)
+    with torch.no_grad():
+        layer.register_forward_pre_hook(lambda module, args: (module.forward(args[0]),))
+        layer.register_forward_hook(lambda module, args, output: output - module.forward(args[0] * 0))
+        last = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+        net(x)
+        last.remove()
+        with Model(net).trace(x) as run:
+            assert torch.equal(run[1].output, seen[0])
+            assert torch.equal(run[1].calls[1].output, seen[1])
+        with Model(net).trace(x) as run:
+            run[1].calls[1].output = torch.ones(2, 4)
+        assert torch.equal(run.result, torch.ones(2, 4))
+        with Model(net).trace(x) as run:
+            kept = run.record("[1]")
+    assert list(map(torch.equal, kept["[1].output"], seen)) == [True, True]
+
+
+def test_a_direct_call_of_forward_has_no_hooks():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner.forward(x)
+
+    net, x = Direct(), torch.randn(2, 4)
+    net.inner.register_forward_hook(lambda module, args, output: output + 1)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        assert torch.equal(run.inner.output, net(x))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from diffsight import Model
+from diffsight.errors import DiffsightError
 
 
 class Twice(nn.Module):
@@ -120,3 +121,36 @@ def test_a_hook_of_accelerate_that_is_added_in_the_body_and_removed_later(net_an
     with Model(net).trace(x) as run:
         assert torch.equal(run.layer.calls[1].output, expected) and torch.equal(second, expected)
     assert "forward" not in vars(net.layer)
+
+
+class Patches(nn.Module):
+    """Wraps the forward pass of a part when it is first called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.is_patched = nn.Linear(4, 4), nn.Tanh(), False
+
+    def forward(self, x):
+        x = self.first(x)
+        if not self.is_patched:
+            self.is_patched, old = True, self.second.forward
+            self.second.forward = lambda x: old(x) * 2
+        return self.second(x)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_forward_that_the_model_wraps_during_the_call(before):
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        for act in (lambda part: part.output, lambda part: setattr(part, "output", torch.ones(2, 4))):
+            with pytest.raises(DiffsightError, match="the model has replaced the `forward` of that module"):
+                with Model(Patches()).trace(x) as run:
+                    if before:
+                        run.first.output
+                    act(run.second)
+        net = Patches()
+        with Model(net).trace(x) as run:
+            run.first.output
+        assert torch.equal(run.result, net(x))
+        with Model(net).trace(x) as run:
+            assert torch.equal(run.second.output, net(x))

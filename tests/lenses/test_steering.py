@@ -83,6 +83,7 @@ def test_copies_stack_and_are_cleared(net, model):
         ({"vector": torch.zeros(31)}, "the vector has 31 features, but hidden states have 32"),
         ({"vector": torch.zeros(2, 32)}, r"a float tensor \(features,\) or .*, not torch.float32 \(2, 32\)"),
         ({"vector": [0.0] * 32}, "not list"),
+        ({"positions": slice(1, 3)}, r"positions are integers, .*, not slice\(1, 3, None\)"),
     ],
 )
 def test_bad_input(model, given, words):

@@ -141,3 +141,14 @@ def test_class_labels_that_do_not_fit_the_batch():
     with pytest.raises(InputError, match="2 class_labels do not fit batch_size=1: pass batch_size=2"):
         model.generate(class_labels=[1, 2])
     model.check(class_labels=[1, 2], batch_size=2)
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(3), torch.tensor([3]), [torch.tensor(3)]], ids=str)
+def test_a_seed_is_no_tensor(sd, seed):
+    with pytest.raises(InputError, match=r"a seed is an integer from 0 to 2\*\*64 - 1, not tensor"):
+        DiffusionModel(sd).generate(**SD(), seed=seed)
+
+
+def test_a_number_of_images_is_whole(sd):
+    with pytest.raises(InputError, match="num_images_per_prompt must be a whole number, not 1.5"):
+        DiffusionModel(sd).generate(**SD(), seed=0, num_images_per_prompt=1.5)

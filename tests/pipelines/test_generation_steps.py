@@ -282,3 +282,21 @@ def test_strings_at_which_the_text_ends():
     with LanguageModel((net, TOKENIZER)).generate(PROMPT, **options) as run:
         pass
     assert torch.equal(run.result, expected) and expected.shape[1] < ids(PROMPT).shape[1] + LENGTH
+
+
+def test_tokens_that_a_decoder_was_given():
+    start = torch.cat([torch.zeros(1, 1, dtype=torch.long), ids(PROMPT)[:, :3]], 1)
+    for given in (start, start[:, 1:]):
+        run = LanguageModel((t5(), TOKENIZER)).generate(PROMPT, max_new_tokens=LENGTH, decoder_input_ids=given)
+        pieces = "".join(run.stream())
+        assert run.text == pieces == TOKENIZER.decode(run.result[0, -LENGTH:], skip_special_tokens=True)
+
+
+def test_steps_of_a_run_that_has_ended():
+    model = LanguageModel((llama(), TOKENIZER))
+    with model.generate(PROMPT, max_new_tokens=2) as run:
+        run.text
+        with pytest.warns(RuntimeWarning, match="ended after 0 steps, because something else, such as run.result"):
+            assert list(run.steps) == []
+    with pytest.raises(OutOfOrderError, match=r"stream\(\) was asked for too late: the run has ended. Read run.text"):
+        run.stream()

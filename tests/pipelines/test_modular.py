@@ -11,7 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError, NeverReachedError
-from diffsight.lenses import diffusion_lens
+from diffsight.lenses import (
+    activation_patching,
+    attention_maps,
+    diffusion_lens,
+    pixel_distance,
+    prompt_to_prompt,
+    trajectory_lens,
+)
 from models.diffusion import PIPELINES
 from models.text_encoders import TEXT_PIPELINES
 
@@ -185,6 +192,19 @@ def test_encoders_and_the_diffusion_lens(sdxl):
     result, same = (diffusion_lens(lensed, PROMPT, seed=0, **size) for lensed in (model, plain))
     assert result.layers == same.layers
     assert len(result.images) == len(result.layers)
+
+
+def test_lenses_that_draw(sdxl):
+    """They show what the same pipeline shows that is not modular: latents, and images as long as noise is the same."""
+    model, given = DiffusionModel(sdxl.build()), {"num_inference_steps": 2, "height": 32, "width": 32}
+    drawn = model.generate(PROMPT, seed=0, **given).images
+    traced = trajectory_lens(model, PROMPT, seed=0, **given)
+    assert traced.image == drawn[0]
+    assert attention_maps(model, PROMPT, words=["red"], seed=0, **given).image == drawn[0]
+    assert prompt_to_prompt(model, PROMPT, "a blue circle", seed=0, **given).source_image == drawn[0]
+    pair = (PROMPT, "a blue circle", pixel_distance())
+    result = activation_patching(model, *pair, sites="unet.mid_block", seed=0, **given)
+    assert result.clean_metric != result.corrupted_metric
 
 
 def test_arguments_are_checked_against_the_inputs_of_the_blocks(sdxl):

@@ -108,6 +108,18 @@ def test_an_attribute_error_of_the_pipeline_is_seen():
             getattr(model.generate(seed=0), name)
 
 
+def test_a_result_without_names():
+    class Plain(Unstepped):
+        def __call__(self, generator=None):
+            return torch.zeros(1, 3, 8, 8)
+
+    pipe = unstepped()
+    run = DiffusionModel(Plain(unet=pipe.unet, scheduler=pipe.scheduler)).generate(seed=0)
+    with pytest.raises(InputError, match="Plain returns a Tensor without a name: read run.result"):
+        run.images
+    assert run.result.shape == (1, 3, 8, 8)
+
+
 def test_the_packaged_settings_name_no_folder():
     folder = Path(shapes.__file__).parent
     for file in folder.rglob("*.json"):

@@ -373,9 +373,10 @@ def test_keys(language, tmp_path, monkeypatch):
 def test_a_file_of_keys_that_is_wrong(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         Keys(tmp_path / "none.txt")
-    (tmp_path / "keys.txt").write_text("alice secret\n")
-    with pytest.raises(InputError, match="line 1"):
-        Keys(tmp_path / "keys.txt")
+    for line in ("alice secret", "alice"):
+        (tmp_path / "keys.txt").write_text(f"{line}\n")
+        with pytest.raises(InputError, match="line 1"):
+            Keys(tmp_path / "keys.txt")
     add_key(tmp_path / "others.txt", "bob", 2)
     with pytest.raises(InputError, match="'bob' already"):
         add_key(tmp_path / "others.txt", "bob")
