@@ -150,5 +150,5 @@ def test_a_seed_is_no_tensor(sd, seed):
 
 
 def test_a_number_of_images_is_whole(sd):
-    with pytest.raises(InputError, match="num_images_per_prompt must be a whole number, not 1.5"):
+    with pytest.raises(InputError, match=r"num_images_per_prompt must be a whole number, not 1\.5"):
         DiffusionModel(sd).generate(**SD(), seed=0, num_images_per_prompt=1.5)
