@@ -209,11 +209,12 @@ def _inside(envoy: Points, name: str) -> list[Points]:
         found = None if "*" in name else inside(envoy, name)
         return [] if found is None else [found]
     tree, target = tree_of(envoy), target_of(envoy)
-    attached = tree.attached.names_on(target.owner)
-    children = [*dict.fromkeys((*tree.children_of(target), *attached))]
+    attached = {one: tree.attached.find(target.owner, one) for one in tree.attached.names_on(target.owner)}
+    children = attached | dict(tree.children_of(target))
     if name == "**":
         around = (*target.around(), target)  # a module may be a child of a module inside it
-        below = [child for child in children if tree.children_of(target).get(child) not in around]
+        owners = [one.owner for one in around]
+        below = [child for child, part in children.items() if not any(part.owner is owner for owner in owners)]
         return [envoy, *(inner for child in below for inner in _inside(child_of(envoy, child), "**"))]
     if "*" not in name:
         child = child_of(envoy, name)

@@ -21,7 +21,8 @@ def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:
     Raises:
         InputError: A seed is not valid, or the list does not hold one seed per image.
     """
-    several = isinstance(seed, Iterable) and not isinstance(seed, (str, torch.Tensor))
+    several = isinstance(seed, Iterable) and not isinstance(seed, (str, torch.Tensor)) and getattr(seed, "ndim", 1) > 0
+    seed = [*seed] if several else seed
     for one in seed if several else [seed]:
         check_seed(one)
     seeds = [int(one) for one in seed] if several else [int(seed) + i for i in range(count)]

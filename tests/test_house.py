@@ -21,6 +21,7 @@ ENGINE = [
     "notebook_tree",
     "engine",
     "engine.torch_state",
+    "engine.function_code",
     "engine.random_generators",
     "engine.threads",
     "engine.users_line",

@@ -5,6 +5,7 @@ The files in order; each imports only from those above it:
     threads         the thread of a run, and calls in threads that a model starts
     users_line      the line of the user's code that an error is about
     torch_state     grad mode, inference mode, autocast, function modes, random state
+    function_code   what the code of functions uses
     random_generators   the random generators that a model may use, restored after a block
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
     checkpointed_regions    parts of the model that `backward()` computes again

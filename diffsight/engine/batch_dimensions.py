@@ -3,7 +3,8 @@
 A first dimension of the same size may be something else, such as tokens, experts or frames. So the first time that a
 row is asked for, the component, the outermost module that is running, is called with larger batches, see
 `larger_batches`. What is found is kept with the component, for calls that are like this one: of the same settings, with
-arguments of the same kinds.
+arguments of the same kinds. Where several dimensions have the size of the batch, it is found anew in each run, since
+not everything that decides about a layout can be compared.
 """
 
 import sys
@@ -59,7 +60,9 @@ class KnownDimensions:
     """What is known of the values of one run."""
 
     def __init__(self) -> None:
-        self.growth: dict[tuple, dict[int, Growth]] = {}  # by component and size of the batch, and number of the call
+        # By component, size of the batch and whether it is found anew; and by the number of the call.
+        self.growth: dict[tuple, dict[int, Growth]] = {}
+        self.new: set[tuple[ModuleSettings, tuple]] = set()  # what this run has found: settings and kinds of arguments
         self.last: dict[tuple, tuple[int, Found]] = {}  # by value: the call that it was last found for, and what
 
 
@@ -88,18 +91,19 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
     if known is not None and known[0] == index:
         return known[1]
     component = _component(host, target)
-    calls, growths = host.taps[component.key], host.known_dimensions.growth.setdefault((component.key, total), {})
+    calls, is_unclear = host.taps[component.key], any(_has_size_twice(leaf, total) for leaf in leaves)
+    growths = host.known_dimensions.growth.setdefault((component.key, total, is_unclear), {})
     numbers, latest = _calls_around(tap, index, calls), calls.entered - 1
     if latest in numbers and latest not in growths:
-        growths[latest] = _growth(host, component.owner, total)
+        growths[latest] = _growth(host, component.owner, total, is_unclear)
         for number in [*growths][:-_MOST]:
             del growths[number]
     founds = [_found(growths.get(number, _NOTHING), target, part, leaves) for number in numbers] or [_UNKNOWN]
     found = founds[0] if founds.count(founds[0]) == len(founds) else _UNKNOWN
-    if found.sizes and any(is_first and leaf.shape.count(total) > 1 for is_first, leaf in zip(found.sizes, leaves)):
+    if found.sizes and is_unclear:
         hooked = next(filter(may_replace_values, component.owner.modules()), None)  # the larger batches ran without
         if hooked is not None:
-            found = Found(None, f"hooks on a {type(hooked).__name__} may have put another of this size in its place")
+            found = Found(None, f"a hook on a {type(hooked).__name__} may have exchanged dimensions of this size")
     host.known_dimensions.last[key] = index, found
     return found
 
@@ -134,12 +138,19 @@ def _found(growth: Growth, target: Target, part: str, leaves: list[Any]) -> Foun
     return Found(sizes, "" if sizes else growth.why_unknown or unlike)
 
 
+def _has_size_twice(leaf: Any, total: int) -> bool:
+    """Whether a first dimension of the size of the batch could be another one, apart from features at the end."""
+    if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != (total,):
+        return False
+    return total in leaf.shape[1 : -1 if leaf.is_floating_point() else None]
+
+
 def _length(leaf: Any) -> int | None:
     return leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.ndim else None
 
 
-def _growth(host: Running, component: nn.Module, total: int) -> Growth:
-    """Return what grows with the batch in the running call of a component."""
+def _growth(host: Running, component: nn.Module, total: int, anew: bool) -> Growth:
+    """Return what grows with the batch in the running call of a component; with `anew`, as found in this run."""
     frame = sys._getframe() if host.coroutine.is_running else host.coroutine.frame
     call = running_call(frame, component)
     if call is None:
@@ -150,8 +161,8 @@ def _growth(host: Running, component: nn.Module, total: int) -> Growth:
         known = ModuleSettings(component), {}
         kept.insert(0, known)
         del kept[_MOST:]
-    growths = known[1]
-    if kinds not in growths:
+    growths, new = known[1], host.known_dimensions.new
+    if kinds not in growths or (anew and (known[0], kinds) not in new):
         growth = try_larger_batches(component, call, total)
         if growth.is_of_values:
             return growth
@@ -159,6 +170,7 @@ def _growth(host: Running, component: nn.Module, total: int) -> Growth:
             earlier = (other for kind, other in growths.items() if kind[0] == total and not other.why_unknown)
             growth = next(earlier, growth)
         growths[kinds] = growth
+        new.add((known[0], kinds))
         for other in [*growths][:-_MOST]:
             del growths[other]
     return growths[kinds]

@@ -28,7 +28,6 @@ _LEVELS = 3  # of objects and containers in which plain values are looked for
 _LARGE = 1000  # values in a container
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, partial, type)
 _NOT_LOOKED_INTO = (*_FUNCTIONS, MethodType, ModuleType, nn.Module, torch.Tensor)
-_LIBRARIES = {"builtins", "collections", "torch", "transformers", "diffusers"}  # their classes have no settings
 _NOT_SETTINGS = frozenset({*vars(nn.Module()), *NAMES_OF_HOOKS}) - {"training"}
 _modules_of, _dict_of, _values_of = attrgetter("_modules"), attrgetter("__dict__"), methodcaller("values")
 
@@ -36,8 +35,7 @@ _modules_of, _dict_of, _values_of = attrgetter("_modules"), attrgetter("__dict__
 class ModuleSettings:
     """The modules in a component, their classes, training flags, methods and plain attributes, as they are now.
 
-    The plain values in an object or container that a module holds, such as a config, count as well, some levels deep,
-    and so do the global ones that the methods use.
+    The plain values in an object or container that a module holds, such as a config, count as well, some levels deep.
 
     Args:
         component: The component. It is not kept alive.
@@ -60,8 +58,6 @@ class ModuleSettings:
             others = (name for name, value in own.items() if type(value) not in _PASSED_OVER)
             self._holders += [(number, name) for name in others if name not in plain]
         dicts = [*map(vars, modules)]
-        members = [member for cls in bases if _is_users(cls) for member in vars(cls).values()]
-        self._globals = _plain_globals([*members, *(dicts[number][name] for number, name in self._holders)])
         self._counts = [*map(_count_names, dicts)]
         self._own_forwards = _own_forwards(modules, dicts)
         self._values = [*map(call, self._getters, dicts)]
@@ -76,7 +72,6 @@ class ModuleSettings:
                 _children_of(modules) == self._children
                 and [*map(type, modules)] == self._kinds
                 and all(vars(cls) == held for cls, held in self._classes.items())
-                and all(named.get(name) == value for named, name, value in self._globals)
                 and [*map(_count_names, dicts)] == self._counts
                 and _own_forwards(modules, dicts) == self._own_forwards
                 and [*map(call, self._getters, dicts)] == self._values
@@ -91,18 +86,6 @@ class ModuleSettings:
         seen: set[int] = set()
         once = {id(value): value for value in held}  # many modules hold the same config
         return [[*map(_kind_of_held, held)], *map(_plain_in, once.values(), repeat(seen))]
-
-
-def _plain_globals(values: Iterable[Any]) -> list[tuple[dict, str, Any]]:
-    """Return the global variables with plain values that the functions among some values use: where they are, their
-    names and values."""
-    functions = [value for value in values if type(value) is FunctionType]
-    named = [(function.__globals__, name) for function in functions for name in function.__code__.co_names]
-    return [(known, name, known[name]) for known, name in named if name in known and _is_plain(known[name])]
-
-
-def _is_users(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] not in _LIBRARIES
 
 
 def _nothing(held: dict) -> None:
@@ -152,9 +135,7 @@ def _kind_of(value: Any, total: int) -> tuple:
 
 def _is_plain(value: Any) -> bool:
     kind = type(value)
-    if kind is tuple:
-        return all(type(one) in _PLAIN for one in value)
-    return kind in _PLAIN or (kind.__module__ == "numpy" and not hasattr(value, "__len__"))
+    return kind in _PLAIN or (kind is tuple and all(type(one) in _PLAIN for one in value))
 
 
 def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
@@ -162,11 +143,9 @@ def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
 
     What is in `seen`, by id, is left out; of a large container, such as a vocabulary, only the size counts."""
     seen.add(id(value))
-    inside: Collection[Any] = value
+    inside: Collection[Any] = value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
     if isinstance(value, dict):
         inside = [*value, *value.values()]
-    elif not isinstance(value, (list, tuple, set, frozenset)):
-        inside = [*getattr(value, "__dict__", {}).values(), *_of_class(type(value), value)]
     if len(inside) > _LARGE:
         return (len(inside),)
     found: list[Any] = []
@@ -177,18 +156,6 @@ def _plain_in(value: Any, seen: set[int], levels: int = _LEVELS) -> tuple:
         elif levels > 1 and kind not in _PASSED_OVER and id(one) not in seen and _is_looked_into(one):
             found.append(_plain_in(one, seen, levels - 1))
     return tuple(found)
-
-
-def _of_class(cls: type, value: Any) -> list[Any]:
-    """Return the values that an object has through its class: class attributes, and those in slots."""
-    classes = [base for base in cls.__mro__ if _is_users(base)]
-    slots = [getattr(value, name, None) for base in classes for name in _slots_of(base)]
-    return [*slots, *(held for base in classes for held in vars(base).values() if _is_plain(held))]
-
-
-def _slots_of(cls: type) -> tuple[str, ...]:
-    slots = vars(cls).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _is_looked_into(value: Any) -> bool:

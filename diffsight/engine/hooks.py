@@ -27,6 +27,7 @@ from typing import Any
 
 from greenlet import getcurrent
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.tapped_pickles import reduce_tapped
@@ -101,7 +102,7 @@ class ModuleGroup:
         if True in map(_has, held, repeat(FORWARD)) or True in map(_has, held, repeat(COMPILED)):
             return False
         try:
-            if any(map(_pre_hooks_of, held)) or any(map(_hooks_of, held)):
+            if any(map(_pre_hooks_of, held)) or any(map(_hooks_of, held)) or _has_global_hooks():
                 return False
         except KeyError:  # a module that passes on to another, say
             return False
@@ -181,7 +182,7 @@ class HookedModules:
                 deepcopy = None
                 if _copies_itself(kind) and _DEEPCOPY not in held:
                     deepcopy = MethodType(_deepcopy_without_hook, module)
-                is_wrapped = own is not None or any(map(held.get, _HOOKS))
+                is_wrapped = own is not None or any(map(held.get, _HOOKS)) or _has_global_hooks()
                 known = _hooked[number] = [put, name, own, 1, module, deepcopy]
                 if is_wrapped:
                     _wrapped[number] = None
@@ -249,6 +250,11 @@ class HookedModules:
                 if calls_in_threads:
                     calls_in_threads.pop(number, None)  # last: see above
         self._held, self._hooks = [], []
+
+
+def _has_global_hooks() -> bool:
+    """Whether there are hooks for the calls of all modules."""
+    return bool(_global_forward_pre_hooks or _global_forward_hooks)
 
 
 @functools.cache
@@ -442,9 +448,9 @@ def runs_hooks(module: nn.Module) -> bool:
     """Whether PyTorch makes the innermost call of a hooked module, with the hooks on the module. Otherwise other code
     calls `module.forward(...)`, without them."""
     frame = sys._getframe(1)
-    while not _is_call(frame, module):
+    while frame is not None and not _is_call(frame, module):
         frame = frame.f_back
-    return _is_of_pytorch(frame.f_back)
+    return frame is not None and _is_of_pytorch(frame.f_back)
 
 
 def is_replaced(module: nn.Module) -> bool:

@@ -9,14 +9,13 @@ them.
 """
 
 import dis
-from collections.abc import Iterator
 from functools import cache
-from types import CodeType, FunctionType
-from typing import Any
+from types import CodeType
 
 from torch import nn
 from torch.jit import ScriptModule
 
+from diffsight.engine.function_code import codes_of, function_of
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.target import Target
 
@@ -80,36 +79,20 @@ def _names_in_code(cls: type, by_index: bool) -> frozenset[str]:
     found: set[str] = set()
     package, seen = cls.__module__.partition(".")[0], {*_ENTRIES}
     bases = [vars(base) for base in cls.__mro__ if not issubclass(nn.Module, base)]  # `super()` may call their methods
-    waiting = [_function(own[name]) for own in bases for name in _ENTRIES if name in own]
+    waiting = [function_of(own[name]) for own in bases for name in _ENTRIES if name in own]
     for function in waiting:
-        codes = [*_codes(function)]
+        codes = [*codes_of(function)]
         used = {name for code in codes for name in code.co_names}
         for name in sorted(used - seen):
             seen.add(name)
             if not hasattr(nn.Module, name):
-                waiting += [_function(own[name]) for own in bases if name in own]
-        for called in map(_function, map(getattr(function, "__globals__", {}).get, used)):
+                waiting += [function_of(own[name]) for own in bases if name in own]
+        for called in map(function_of, map(getattr(function, "__globals__", {}).get, used)):
             if called not in waiting and getattr(called, "__module__", "").partition(".")[0] == package:
                 waiting.append(called)
         if not by_index or any(map(_indexes, codes)):
             found |= used
     return frozenset(found)
-
-
-def _function(member: Any) -> Any:
-    """Return the function of a method or property."""
-    function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
-
-
-def _codes(function: Any) -> Iterator[CodeType]:
-    """Return the code of a function, and of the functions inside it."""
-    waiting = [function.__code__] if isinstance(function, FunctionType) else []
-    for code in waiting:
-        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return iter(waiting)
 
 
 def _indexes(code: CodeType) -> bool:

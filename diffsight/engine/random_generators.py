@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,20 +19,23 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from diffsight.engine.function_code import values_used
 from diffsight.engine.torch_state import kept_random_state, random_state
 
 
 def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the global generators of Python and NumPy, and those that modules hold as attributes, or that something
-    which they hold directly refers to: a list, an object, a function. The variables that the methods of the modules use
-    count as well."""
+    """Return the random generators that modules may use, apart from PyTorch's global ones.
+
+    These are the global ones of Python and NumPy; those that the modules hold as attributes, or in lists, dictionaries
+    and objects there; and those in variables that their methods use, or the functions that they hold."""
     numpy = sys.modules.get("numpy.random")
     of_numpy = [numpy] if numpy else []
     kinds = (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
     modules = [*modules]
     bases = {cls for kind in {*map(type, modules)} for cls in kind.__mro__} - {nn.Module, object}
-    held = chain(*map(held_by, modules), *(_used_by(member) for cls in bases for member in vars(cls).values()))
-    found = {id(value): value for value in held if isinstance(value, kinds)}
+    held = [*chain.from_iterable(map(held_by, modules))]
+    used = values_used([*held, *chain.from_iterable(vars(cls).values() for cls in bases)])
+    found = {id(value): value for value in (*held, *used) if isinstance(value, kinds)}
     return [random, *of_numpy, *(one for one in found.values() if not isinstance(one, random.SystemRandom))]
 
 
@@ -52,22 +54,8 @@ def held_by(module: nn.Module) -> Iterator[Any]:
             yield from value
         else:
             yield value
-            yield from () if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
-            yield from _used_by(value)
-
-
-def _used_by(function: Any) -> Iterator[Any]:
-    """Yield the values of variables from outside that a function or method uses."""
-    function = function.__func__ if isinstance(function, MethodType) else function
-    if callable(function) and not isinstance(function, FunctionType):
-        function = type(function).__call__
-    if isinstance(function, FunctionType):
-        yield from (function.__globals__.get(name) for name in function.__code__.co_names)
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # it has no value yet
-                continue
+            if not isinstance(value, nn.Module):
+                yield from getattr(value, "__dict__", {}).values()
 
 
 class GivenGenerators(TorchFunctionMode):

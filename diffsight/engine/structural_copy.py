@@ -9,6 +9,7 @@ two places, sharded or quantized weights, or hooks and replaced forward methods 
 """
 
 import copy
+import copyreg
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,19 +118,34 @@ def _tensors_in(held: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a deep copy. What cannot be copied, such as a lock or a process group, is shared, also inside objects."""
+    """Return a deep copy. What cannot be copied, such as a lock, is shared instead, even inside containers and objects.
+
+    So is what does something when it is freed: a copy would do it too."""
+    if hasattr(type(value), "__del__"):
+        return value
     count = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:
         for number in [*memo][count:]:  # copies that are not finished
             del memo[number]
-    if isinstance(value, (type, ModuleType)) or hasattr(type(value), "__del__") or not hasattr(value, "__dict__"):
-        return value
+    if type(value) in (list, tuple):
+        return type(value)([_deep_copied(one, memo) for one in value])
+    if type(value) is dict:
+        return {name: _deep_copied(one, memo) for name, one in value.items()}
     try:
-        copied = object.__new__(type(value))
-    except TypeError:  # the class is written in C
+        copied = value if isinstance(value, (type, ModuleType)) else copy.copy(value)
+    except Exception:
         return value
-    memo[id(value)] = copied
-    vars(copied).update({name: _deep_copied(one, memo) for name, one in vars(value).items()})
+    if copied is not value:
+        memo[id(value)] = copied
+        for name, one in _attributes_of(copied):
+            object.__setattr__(copied, name, _deep_copied(one, memo))
     return copied
+
+
+def _attributes_of(value: Any) -> list[tuple[str, Any]]:
+    """Return the names and values of an object's attributes, including those in slots."""
+    slots = copyreg._slotnames(type(value))
+    in_slots = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *in_slots]

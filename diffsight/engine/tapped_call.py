@@ -28,7 +28,7 @@ from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.threads import calls_in_threads
 from diffsight.engine.torch_state import TorchState, unseen
-from diffsight.engine.users_hooks import Contents, has_forward_hooks, has_others, output_hooks
+from diffsight.engine.users_hooks import Contents, has_forward_hooks, output_hooks
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import DiffsightError, warn_user
 
@@ -109,6 +109,7 @@ class Tap:
         "unseen",
         "unseen_in_step",
         "watched",  # whether the run wants to know when its calls begin and end
+        "wrapped",  # number of the last call that a new forward pass of the module has made; the model has set that
     )
 
     def __init__(self, host: Host, target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
@@ -126,6 +127,7 @@ class Tap:
         self.given: tuple[tuple, dict] | None = None
         self.given_versions: list[int] | None = None
         self.is_module = target.name == FORWARD
+        self.wrapped = -1
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
         self.watched = target.outer is None or target.key in host.clock.watched
         self.hooks: tuple[Any, ...] = ()  # replaced without a call: see `diffsight.engine.hooks`
@@ -139,8 +141,11 @@ class Tap:
         elif (new := self.enter(args, kwargs)) is not None:
             args, kwargs = new
         index = self.active[-1]
+        if self.is_module and is_replaced(self.target.owner):
+            self.wrapped = index
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
+            self._check_wrapped((INPUTS, index), skip)
             self._check_region((INPUTS, index), skip)
             is_watched = not skip.has_gradients and self.host.adds_gradients
             if is_watched and unseen(_ends_gradients, (args, kwargs), skip.value):
@@ -242,7 +247,9 @@ class Tap:
         function to call with the output when it has passed the point; None if there is no such hook."""
         owner, watched = self.target.owner, []
         is_touched = key in self.awaited or key in self.pending or OUTPUT in self.keepers
-        if not is_touched or not has_others(owner, before):
+        if not is_touched or (owner._forward_hooks.keys() <= {*before} and not _global_forward_hooks):
+            return None
+        if not runs_hooks(owner):
             return None
 
         def last(module: nn.Module, args: tuple, output: Any) -> None:
@@ -271,13 +278,8 @@ class Tap:
         if calls_in_threads or not state.is_plain or hides_calls:  # rarely
             self._check_region(key)
             state = None  # it may have changed
-        if self.is_module and key[0] == OUTPUT and is_replaced(self.target.owner):
-            self._refuse(
-                key,
-                None,
-                "is not known: the model has replaced the `forward` of that module by one that calls the earlier one. "
-                "Run the model once before you ask for it, or ask for the value where it goes next",
-            )
+        if key[1] == self.wrapped and key[0] == OUTPUT:
+            self._check_wrapped(key)
         if waiting is not None or key in self.pending:
             point = Point(self, key, value, not waiting or False not in waiting)
             host.arrive(point, state)
@@ -290,6 +292,16 @@ class Tap:
         if key in self.points and not point.is_unread:
             point.let_go()
         return value, point.changed
+
+    def _check_wrapped(self, key: PointKey, skip: Assignment | None = None) -> None:
+        """Refuse a point of a call that only a part of the module's call has made."""
+        if key[1] == self.wrapped:
+            self._refuse(
+                key,
+                skip,
+                "is not known: the model has replaced the `forward` of that module by a function that calls the "
+                "earlier one. Ask for the value where the model uses it next",
+            )
 
     def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
         """Refuse a point whose value would be misleading. In a checkpointed region, keep what autograd saves from now

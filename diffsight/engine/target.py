@@ -1,10 +1,9 @@
 """Targets: what can be tapped. A module's forward pass, or a method that code calls directly (`vae.decode`)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.hooks import COMPILED, FORWARD, ModuleGroup, TappedMethod
 from diffsight.engine.unseen_modules import why_unseen
@@ -124,8 +123,7 @@ class Target:
 
     def unregistered(self) -> list[nn.Module]:
         """Return the modules that this one holds in plain lists and dictionaries, or otherwise beside its children."""
-        held = [value for name, value in vars(self.owner).items() if name != "_modules"]
-        return [leaf for leaf in tree_leaves(held) if isinstance(leaf, nn.Module)]
+        return [*_modules_in([value for name, value in vars(self.owner).items() if name != "_modules"])]
 
     def called_modules(self) -> ModuleGroup:
         """Return the modules directly in this one. A list or dict, which is never called itself, is replaced by the
@@ -155,6 +153,15 @@ class Target:
         if known.get(COMPILED) is not None:
             return self.owner._call_impl
         return known["_modules"].get(WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
+
+
+def _modules_in(value: Any, levels: int = 4) -> Iterator[nn.Module]:
+    """Yield the modules in a value, which may be in containers within each other."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif levels and isinstance(value, (list, tuple, set, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(one, levels - 1)
 
 
 def join(path: str, name: str | int) -> str:

@@ -12,13 +12,13 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
-from operator import is_
+from itertools import chain
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_flatten
 
 from diffsight.engine.changes_in_place import UNKNOWN, changed_in_place, is_in_place
@@ -29,67 +29,78 @@ _RETURN_NOTHING = {  # methods of Python's containers that return None
     set: {"add", "update", "clear"},
     dict: {"update", "clear", "__setitem__"},
 }
+_RETURNING_NOTHING = {"print", *chain(*_RETURN_NOTHING.values())}
+_PACKAGE = __name__.partition(".")[0]
 _LEVELS = 2  # of objects in an output that are looked into
 _NO_STEPS = {"RESUME", "COPY_FREE_VARS", "CACHE", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG"}
 
 
 class Contents:
-    """What an output holds, some levels deep, and how often each tensor in it was changed in place."""
+    """What an output holds, some levels deep, and in which version each tensor is."""
 
     def __init__(self, output: Any) -> None:
         self._output = output
-        self._held, self._versions = _contents(output)
+        self._before = _contents(output)
 
     def is_current(self) -> bool:
-        """Whether the output still holds the same things, unchanged."""
-        held, versions = _contents(self._output)
-        return versions == self._versions and len(held) == len(self._held) and all(map(is_, held, self._held))
+        """Whether the output still holds the same things, unchanged. Attributes may have been added to it."""
+        now = _contents(self._output)
+        return all(path in now and _is_same(now[path], before) for path, before in self._before.items())
 
 
-def _contents(value: Any, levels: int = _LEVELS) -> tuple[list[Any], list[Any]]:
-    """Return everything in a value, and the structure of its containers with the versions of its tensors."""
+def _contents(value: Any, path: tuple = ()) -> dict[tuple, tuple[Any, Any]]:
+    """Return everything in a value, by its path, and what tells whether it was changed."""
     leaves, structure = tree_flatten(value)
-    held, versions = [*leaves], [structure]
-    for leaf in leaves:
+    found: dict[tuple, tuple[Any, Any]] = {path: (None, structure)}
+    for number, leaf in enumerate(leaves):
+        inner, version = (*path, number), None
         if isinstance(leaf, torch.Tensor):
-            versions.append(None if leaf.is_inference() else leaf._version)
-        elif levels and not isinstance(leaf, (type, nn.Module)):
+            version = leaf.clone() if leaf.is_inference() else leaf._version  # those have no version
+        elif len(path) < 2 * _LEVELS and not isinstance(leaf, (type, nn.Module)):
             for name, one in getattr(leaf, "__dict__", {}).items():
-                inside, others = _contents(one, levels - 1)
-                held += inside
-                versions += [name, *others]
-    return held, versions
+                found |= _contents(one, (*inner, name))
+        found[inner] = leaf, version
+    return found
+
+
+def _is_same(now: tuple[Any, Any], before: tuple[Any, Any]) -> bool:
+    if now[0] is not before[0]:
+        return False
+    if isinstance(before[1], torch.Tensor):
+        return torch.equal(now[1].nan_to_num(), before[1].nan_to_num())
+    return now[1] == before[1]
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Return whether there are any forward hooks that a call of the module runs."""
-    return bool(module._forward_hooks or torch_module._global_forward_hooks)
+    return bool(module._forward_hooks or _global_forward_hooks)
 
 
 def output_hooks(module: nn.Module) -> list[int]:
     """Return the ids of the hooks of a module, from the first on, up to the last one that may change its output.
 
     A hook for all modules that may change outputs counts as a hook before them: id -1."""
-    hooks = [*dict.fromkeys(torch_module._global_forward_hooks.values(), -1).items()]
+    hooks = [*dict.fromkeys(_global_forward_hooks.values(), -1).items()]
     hooks += [(hook, number) for number, hook in module._forward_hooks.items()]
     while hooks and only_looks(hooks[-1][0]):
         hooks.pop()
     return [number for _, number in hooks]
 
 
-def has_others(module: nn.Module, before: list[int]) -> bool:
-    """Return whether a module has forward hooks other than those with the ids `before`."""
-    return len(module._forward_hooks) > len([number for number in before if number != -1]) or (
-        bool(torch_module._global_forward_hooks) and not before
-    )
-
-
 def may_replace_values(module: nn.Module) -> bool:
     """Return whether hooks of others may replace the inputs or the output of a module."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    hooks += [*torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()]
-    package = __name__.partition(".")[0]
-    return any(getattr(hook, "__module__", "").partition(".")[0] != package and not only_looks(hook) for hook in hooks)
+    hooks += [*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()]
+    others = (hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(f"{_PACKAGE}."))
+    return any(map(_may_return, others))
+
+
+def _may_return(hook: Callable) -> bool:
+    """Whether a hook may return anything but None."""
+    function, *_ = _function_of(hook)
+    if function is None:
+        return True
+    return not (_returns_nothing(function.__code__) or _returned_call(function.__code__) in _RETURNING_NOTHING)
 
 
 def only_looks(hook: Callable) -> bool:
@@ -165,3 +176,18 @@ def _adds_to_container(hook: FunctionType) -> bool:
         return False
     name, method = steps[0].argval, steps[1].argval
     return method in _RETURN_NOTHING.get(type(_value_of(name, hook)), ())
+
+
+@functools.cache
+def _returned_call(code: CodeType) -> str | None:
+    """Return the name of the function or method whose result a function always returns; None if it does anything else
+    at its end."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "KW_NAMES")]
+    if sum(step.opname.startswith("RETURN") for step in steps) != 1 or len(steps) < 3 or steps[-2].opname != "CALL":
+        return None
+    missing = steps[-2].arg + 2  # values on the stack: the function, what it belongs to, and the arguments
+    for step in reversed(steps[:-2]):
+        missing -= dis.stack_effect(step.opcode, step.arg)
+        if missing < 2:
+            return step.argval if step.opname in ("LOAD_METHOD", "LOAD_ATTR", "LOAD_GLOBAL") else None
+    return None

@@ -132,7 +132,7 @@ class DiffusionRun(GeneratedOutputs, Run):
             result = {self._output: result}
         if not isinstance(result, Mapping):
             title, kind = type(self._model.pipeline).__name__, type(result).__name__
-            raise InputError(f"{title} returns a {kind} without a name: read run.result")
+            raise InputError(f"{title} returns {kind}, which has no names: read run.result")
         if name == "frames" and "videos" in result:  # in modular pipelines
             name = "videos"
         if name == "images" and "image" in result and not isinstance(self.result, PipelineState):

@@ -219,19 +219,23 @@ class GenerationRun(Run):
 
         Raises InputError with beam search, which chooses its text only at the end."""
         self._check_generates("stream()")
-        flow = flow_of(self._pass)
-        if flow.outcome is not None:
-            raise OutOfOrderError(f"run.stream() was asked for too late: {flow.outcome}. Read run.text")
+        self._check_streams()
         self._check_no_beams("stream()")
         return self._pieces()
 
+    def _check_streams(self) -> None:
+        outcome = flow_of(self._pass).outcome
+        if outcome is not None:
+            raise OutOfOrderError(f"run.stream() was asked for too late: {outcome}. Read run.text")
+
     def _pieces(self) -> Iterator[str | list[str]]:
+        self._check_streams()
         step = None
         for step in self.steps:
             piece = step.text
             if piece and any(piece):
                 yield piece
-        if step is not None:
+        if step is not None and step.index < len(self._generated.choices):  # otherwise the run was stopped
             ids, start = self._choice(step.index)
             rest = [_incomplete_end(decoded(self._generated.tokenizer, row[start:])) for row in ids]
             if any(rest):
@@ -291,14 +295,16 @@ def decoded(tokenizer: Any, ids: torch.Tensor) -> str:
 
 
 def start_after(given: torch.Tensor | None, ids: torch.Tensor) -> int:
-    """Return the index at which a decoder continues the tokens that it was given, perhaps after one of its own; 0 if
-    they are not in its output."""
+    """Return the index at which a decoder continues the tokens that it was given, perhaps after its own start token; 0
+    if they are not in its output."""
     if not isinstance(given, torch.Tensor) or given.ndim != 2:
         return 0
     given = given.repeat_interleave(max(1, len(ids) // len(given)), 0).to(ids.device)
     count = given.shape[1]
-    starts = (start for start in (0, 1) if torch.equal(ids[:, start : start + count], given))
-    return next((start + count for start in starts), 0)
+    for start in (0, 1):
+        if torch.equal(ids[:, start : start + count], given):
+            return start + count
+    return 0
 
 
 def one_or_many(texts: list[str]) -> str | list[str]:

@@ -299,8 +299,11 @@ def test_settings_that_are_made_anew_in_each_call(monkeypatch, change):
     for _ in range(3):
         change(net)
         net.state = object()
-        assert row_of(net, torch.randn(2, 2, 4))[0] is not None
+        assert row_of(net, torch.randn(2, 3, 4))[0] is not None
     assert len(tried) == 1
+    for _ in range(2):  # where several dimensions have the size of the batch, each run looks again
+        assert row_of(net, torch.randn(2, 2, 4))[0] is not None
+    assert len(tried) == 3
 
 
 def test_neither_a_run_nor_a_model_is_kept_alive():

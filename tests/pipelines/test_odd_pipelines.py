@@ -115,7 +115,7 @@ def test_a_result_without_names():
 
     pipe = unstepped()
     run = DiffusionModel(Plain(unet=pipe.unet, scheduler=pipe.scheduler)).generate(seed=0)
-    with pytest.raises(InputError, match="Plain returns a Tensor without a name"):
+    with pytest.raises(InputError, match="Plain returns Tensor, which has no names"):
         run.images
     assert run.result.shape == (1, 3, 8, 8)
 
