@@ -41,7 +41,7 @@ def with_envoys(value: Any, path: str, envoy_of: EnvoyOf, depth: int = _DEPTH) -
         return wraps(value)(lambda *args, **kwargs: with_envoys(value(*args, **kwargs), "", envoy_of))
     if isinstance(value, _ITERATORS):
         return (with_envoys(item, "", envoy_of) for item in value)
-    if not _holds_module(value, depth):
+    if depth < 1 or not _holds_module(value, depth):  # a container may hold itself
         return value
     names = [*_names_of(value)]
     paths = [path and join(path, name) if type(name) in (int, str) else path for name in names]

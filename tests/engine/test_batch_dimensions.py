@@ -635,3 +635,101 @@ def test_rows_beside_a_compiled_part(path):
 def test_rows_beside_a_scripted_part():
     net = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
     assert row_of(net, torch.randn(3, 4), "0")[0] is None
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda module, args, output: print(end=""),
+        lambda module, args, output: {}.setdefault("seen", []).append(output.detach()),
+        functools.partial(lambda name, module, args, output: None, "a"),
+    ],
+)
+def test_hooks_that_only_look_leave_the_rows(hook):
+    net, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.randn(2, 2, 4)
+    net[1].register_forward_hook(hook)
+    assert torch.equal(row_of(net, x, "0")[0], x[1:])
+
+
+RNG = np.random.default_rng(0)
+
+
+def noise():
+    return RNG.normal()
+
+
+class OfHelper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Identity()
+
+    def draw(self):
+        return noise()
+
+    def forward(self, x):
+        return self.part(x) + self.draw()
+
+
+class OfStaticMethod(OfHelper):
+    @staticmethod
+    def draw():
+        return RNG.normal()
+
+
+class OfProperty(OfHelper):
+    @property
+    def draw(self):
+        return RNG.normal
+
+
+@pytest.mark.parametrize("kind", [OfHelper, OfStaticMethod, OfProperty])
+def test_generators_that_methods_reach_stay_as_they_are(kind):
+    net, state = kind(), RNG.bit_generator.state
+    assert row_of(net, torch.randn(2, 4), "part")[0] is not None
+    RNG.normal()
+    after, RNG.bit_generator.state = RNG.bit_generator.state, state
+    RNG.normal()
+    RNG.normal()
+    assert after == RNG.bit_generator.state
+
+
+class InContainers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Identity()
+        self.held = {"lock": threading.Lock(), "calls": 0}
+        self.others = [Counts(), Slotted()]
+
+    def forward(self, x):
+        self.held["calls"] += 1
+        for one in self.others:
+            one.calls += 1
+        return self.part(x) * self.held["calls"] * self.others[0].calls
+
+
+class Slotted:
+    __slots__ = ("calls", "lock")
+
+    def __init__(self):
+        self.lock, self.calls = threading.Lock(), 0
+
+
+def test_containers_with_something_that_cannot_be_copied():
+    net, x = InContainers(), torch.randn(2, 4)
+    assert torch.equal(row_of(net, x, "part")[0], x[1:])
+    assert (net.held["calls"], net.others[0].calls, net.others[1].calls) == (1, 1, 1)
+
+
+class Freed:
+    count = 0
+
+    def __del__(self):
+        Freed.count += 1
+
+
+def test_what_does_something_when_it_is_freed_is_not_copied():
+    net = nn.Sequential(nn.Identity(), nn.Identity())
+    net.held = Freed()
+    assert row_of(net, torch.randn(2, 4), "0")[0] is not None
+    gc.collect()
+    assert Freed.count == 0

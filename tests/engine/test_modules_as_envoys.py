@@ -167,6 +167,7 @@ class InLists(nn.Module):
         super().__init__()
         self.first, self.several = nn.Linear(4, 4), [nn.Linear(4, 4) for _ in range(3)]
         self.named = {"last": nn.Sequential(nn.Linear(4, 4))}
+        self.named["again"] = self.named
 
     def forward(self, x):
         x = self.first(x)

@@ -389,3 +389,63 @@ def test_a_direct_call_of_forward_has_no_hooks():
     net.inner.register_forward_hook(lambda module, args, output: output + 1)
     with torch.no_grad(), Model(net).trace(x) as run:
         assert torch.equal(run.inner.output, net(x))
+
+
+def test_a_hook_that_only_fills_a_cache_of_the_output():
+    class Lazy:
+        def __init__(self, x):
+            self.x = x
+
+        @functools.cached_property
+        def norm(self):
+            return self.x.norm()
+
+    class Wraps(nn.Module):
+        def forward(self, x):
+            return Lazy(x)
+
+    net, x = nn.Sequential(nn.Linear(4, 4), Wraps()), torch.randn(2, 4)
+    net[1].register_forward_hook(lambda module, args, output: SEEN.append(output.norm))
+    with torch.no_grad(), Model(net).trace(x) as run:
+        assert torch.equal(run[1].output.x, net[0](x))
+    SEEN.clear()
+
+
+def test_a_hook_for_all_modules_that_calls_the_forward_pass(net, x, layer):
+    seen = []
+    look = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    net(x)
+    look.remove()
+    hook = register_module_forward_hook(
+        lambda module, args, output: SEEN.append(module.forward(args[0] * 0)) if module is layer else None
+    )
+    try:
+        with Model(net).trace(x) as run:
+            assert torch.equal(run.layers[0].output, seen[0])
+    finally:
+        hook.remove()
+        SEEN.clear()
+
+
+def test_a_change_in_place_in_inference_mode(net, x, layer):
+    layer.register_forward_hook(keep_and_change)
+    with pytest.raises(DiffsightError, match=r"layers\[0\]\.output is changed in place by a hook"):
+        with torch.inference_mode(), Model(net).trace(x) as run:
+            run.layers[0].output = torch.ones_like(x)
+
+
+def test_a_direct_call_whose_output_is_returned_again():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.same = nn.Identity()
+
+        def forward(self, x):
+            return self.same(self.same.forward(x).add_(1))
+
+    net, x = Twice(), torch.randn(2, 4)
+    net.same.register_forward_hook(lambda module, args, output: SEEN.append(output))
+    with torch.no_grad(), Model(net).trace(x.clone()) as run:
+        first = run.same.output.clone()
+    assert torch.equal(first, x) and torch.equal(run.result, x + 1)
+    SEEN.clear()

@@ -154,3 +154,22 @@ def test_a_forward_that_the_model_wraps_during_the_call(before):
         assert torch.equal(run.result, net(x))
         with Model(net).trace(x) as run:
             assert torch.equal(run.second.output, net(x))
+
+
+def test_a_call_that_the_model_wraps_cannot_be_skipped():
+    with pytest.raises(DiffsightError, match="the model has replaced the `forward` of that module"):
+        with torch.no_grad(), Model(Patches()).trace(torch.randn(2, 4)) as run:
+            run.second.skip(torch.ones(2, 4))
+
+
+def test_a_forward_that_replaces_itself_when_it_is_called():
+    class Prepared(nn.Linear):
+        def forward(self, x):
+            self.forward = super().forward
+            return super().forward(x)
+
+    net, x = nn.Sequential(Prepared(4, 4), nn.Tanh()), torch.randn(2, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            with Model(net).trace(x) as run:
+                assert torch.equal(run[0].output, nn.functional.linear(x, net[0].weight, net[0].bias))

@@ -300,3 +300,14 @@ def test_steps_of_a_run_that_has_ended():
             assert list(run.steps) == []
     with pytest.raises(OutOfOrderError, match=r"stream\(\) was asked for too late: the run has ended. Read run.text"):
         run.stream()
+
+
+def test_a_stream_that_is_stopped_or_read_too_late():
+    model = LanguageModel((llama(), TOKENIZER))
+    run = model.generate(PROMPT, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+    for _ in run.stream():
+        run.stop()
+    with model.generate(PROMPT, max_new_tokens=2) as run:
+        pieces = run.stream()
+    with pytest.raises(OutOfOrderError, match=r"stream\(\) was asked for too late"):
+        next(pieces)
