@@ -20,7 +20,7 @@ from diffsight.engine.coroutine import Coroutine
 from diffsight.engine.hooks import running_call
 from diffsight.engine.larger_batches import Growth, Sizes, has_cache, try_larger_batches
 from diffsight.engine.target import Target
-from diffsight.engine.users_hooks import may_replace_values
+from diffsight.engine.users_hooks import may_exchange_dimensions
 
 _MOST = 16  # settings of a component that are kept, kinds of arguments for each, and calls in a run
 _NOTHING = Growth("it was asked for when the call that it belongs to had returned")
@@ -100,8 +100,8 @@ def batch_dimensions(tap: CountedCalls, index: int, part: str, value: Any, total
             del growths[number]
     founds = [_found(growths.get(number, _NOTHING), target, part, leaves) for number in numbers] or [_UNKNOWN]
     found = founds[0] if founds.count(founds[0]) == len(founds) else _UNKNOWN
-    if found.sizes and is_unclear:
-        hooked = next(filter(may_replace_values, component.owner.modules()), None)  # the larger batches ran without
+    if found.sizes and is_unclear:  # the calls with larger batches left out the user's hooks
+        hooked = next(filter(may_exchange_dimensions, component.owner.modules()), None)
         if hooked is not None:
             found = Found(None, f"a hook on a {type(hooked).__name__} may have exchanged dimensions of this size")
     host.known_dimensions.last[key] = index, found

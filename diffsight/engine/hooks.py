@@ -453,6 +453,12 @@ def runs_hooks(module: nn.Module) -> bool:
     return frame is not None and _is_of_pytorch(frame.f_back)
 
 
+def note_hooks(module: nn.Module) -> None:
+    """Note that a hooked module has hooks of others, perhaps since the run has hooked it."""
+    if id(module) in _hooked:
+        _wrapped[id(module)] = None
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether the hook of a hooked module has been replaced since the model last moved."""
     known = _hooked.get(id(module))

@@ -12,7 +12,7 @@ batch, and are not its rows.
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import GeneratorType
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -106,8 +106,9 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
             return Growth(
                 f"a {type(module).__name__} has a `forward` of its own, which no copy of the model would have"
             )
-    if any(isinstance(value, GeneratorType) for module in component.modules() for value in held_by(module)):
-        return Growth("it holds a generator, which cannot be copied")
+    for value in chain.from_iterable(map(held_by, component.modules())):
+        if hasattr(type(value), "__del__"):  # a copy would do when it is freed what this one does
+            return Growth(f"it holds a {type(value).__name__}, which cannot be copied")
     if any(map(is_lazy, component.parameters())):
         return Growth("it has weights that its first call creates: call the model once, outside of runs")
     state, generators = TorchState.capture().bare(), generators_of(component.modules())

@@ -33,8 +33,8 @@ def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
     kinds = (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
     modules = [*modules]
     bases = {cls for kind in {*map(type, modules)} for cls in kind.__mro__} - {nn.Module, object}
-    held = [*chain.from_iterable(map(held_by, modules))]
-    used = values_used([*held, *chain.from_iterable(vars(cls).values() for cls in bases)])
+    held = [*chain.from_iterable(map(held_by, modules)), *chain.from_iterable(vars(cls).values() for cls in bases)]
+    used = values_used(held)
     found = {id(value): value for value in (*held, *used) if isinstance(value, kinds)}
     return [random, *of_numpy, *(one for one in found.values() if not isinstance(one, random.SystemRandom))]
 

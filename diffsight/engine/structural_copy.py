@@ -10,10 +10,10 @@ two places, sharded or quantized weights, or hooks and replaced forward methods 
 
 import copy
 import copyreg
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import get_ident
+from threading import Lock, RLock, get_ident
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
 
+_LOCKS = {type(make()): make for make in (Lock, RLock)}  # a copy of a lock is open
 # Attributes that libraries put on a module to be called, and those that a run puts there for copies.
 _CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook", "__reduce_ex__", "__deepcopy__")
 
@@ -118,7 +119,8 @@ def _tensors_in(held: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a deep copy. What cannot be copied, such as a lock, is shared instead, even inside containers and objects.
+    """Return a deep copy. What cannot be copied, such as a process group, is shared instead, even inside containers and
+    objects.
 
     So is what does something when it is freed: a copy would do it too."""
     if hasattr(type(value), "__del__"):
@@ -129,15 +131,20 @@ def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
     except Exception:
         for number in [*memo][count:]:  # copies that are not finished
             del memo[number]
-    if type(value) in (list, tuple):
-        return type(value)([_deep_copied(one, memo) for one in value])
-    if type(value) is dict:
-        return {name: _deep_copied(one, memo) for name, one in value.items()}
+    if type(value) in _LOCKS:
+        return _LOCKS[type(value)]()
+    if isinstance(value, tuple):
+        items = [_deep_copied(one, memo) for one in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     try:
         copied = value if isinstance(value, (type, ModuleType)) else copy.copy(value)
     except Exception:
         return value
-    if copied is not value:
+    if isinstance(value, (dict, list, deque)):
+        memo[id(value)] = copied
+        for place in [*value] if isinstance(value, dict) else range(len(value)):
+            copied[place] = _deep_copied(value[place], memo)
+    elif copied is not value:
         memo[id(value)] = copied
         for name, one in _attributes_of(copied):
             object.__setattr__(copied, name, _deep_copied(one, memo))

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.checkpointed_regions import end_checkpoints, is_computed_again
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.hooks import COMPILED, FORWARD, is_replaced, runs_hooks
+from diffsight.engine.hooks import COMPILED, FORWARD, is_replaced, note_hooks, runs_hooks
 from diffsight.engine.points import INPUTS, LEFT_OUT, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
@@ -158,6 +158,8 @@ class Tap:
             versions = unseen(_versions, args, kwargs) if _len_torch_function_stack() else _versions(args, kwargs)
         # Like PyTorch, look for hooks before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
+        if has_hooks:
+            note_hooks(self.target.owner)
         try:
             output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
         except BaseException:

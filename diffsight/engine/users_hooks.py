@@ -12,7 +12,6 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
-from itertools import chain
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._pytree import tree_flatten
 
 from diffsight.engine.changes_in_place import UNKNOWN, changed_in_place, is_in_place
+from diffsight.engine.function_code import codes_of, functions_used
 
 _RETURN_NOTHING = {  # methods of Python's containers that return None
     list: {"append", "extend", "insert", "clear", "__setitem__"},
@@ -29,7 +29,8 @@ _RETURN_NOTHING = {  # methods of Python's containers that return None
     set: {"add", "update", "clear"},
     dict: {"update", "clear", "__setitem__"},
 }
-_RETURNING_NOTHING = {"print", *chain(*_RETURN_NOTHING.values())}
+_OF_LAYOUTS = {"transpose", "transpose_", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "H"}
+_OF_LAYOUTS |= {"reshape", "view", "flatten", "unflatten", "unbind", "stack", "einsum", "rearrange", "as_strided"}
 _PACKAGE = __name__.partition(".")[0]
 _LEVELS = 2  # of objects in an output that are looked into
 _NO_STEPS = {"RESUME", "COPY_FREE_VARS", "CACHE", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG"}
@@ -58,7 +59,8 @@ def _contents(value: Any, path: tuple = ()) -> dict[tuple, tuple[Any, Any]]:
             version = leaf.clone() if leaf.is_inference() else leaf._version  # those have no version
         elif len(path) < 2 * _LEVELS and not isinstance(leaf, (type, nn.Module)):
             for name, one in getattr(leaf, "__dict__", {}).items():
-                found |= _contents(one, (*inner, name))
+                if not isinstance(one, (int, float, str)):  # an object may count how often it is looked at
+                    found |= _contents(one, (*inner, name))
         found[inner] = leaf, version
     return found
 
@@ -87,20 +89,21 @@ def output_hooks(module: nn.Module) -> list[int]:
     return [number for _, number in hooks]
 
 
-def may_replace_values(module: nn.Module) -> bool:
-    """Return whether hooks of others may replace the inputs or the output of a module."""
+def may_exchange_dimensions(module: nn.Module) -> bool:
+    """Return whether hooks of others may replace the inputs or the output of a module by a value with another layout:
+    whether they use a function that changes layouts."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     hooks += [*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()]
     others = (hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(f"{_PACKAGE}."))
-    return any(map(_may_return, others))
+    return any(map(_uses_layouts, others))
 
 
-def _may_return(hook: Callable) -> bool:
-    """Whether a hook may return anything but None."""
+def _uses_layouts(hook: Callable) -> bool:
     function, *_ = _function_of(hook)
     if function is None:
         return True
-    return not (_returns_nothing(function.__code__) or _returned_call(function.__code__) in _RETURNING_NOTHING)
+    codes = [code for used in functions_used(function) for code in codes_of(used)]
+    return not _returns_nothing(function.__code__) and any(not _OF_LAYOUTS.isdisjoint(code.co_names) for code in codes)
 
 
 def only_looks(hook: Callable) -> bool:
@@ -176,18 +179,3 @@ def _adds_to_container(hook: FunctionType) -> bool:
         return False
     name, method = steps[0].argval, steps[1].argval
     return method in _RETURN_NOTHING.get(type(_value_of(name, hook)), ())
-
-
-@functools.cache
-def _returned_call(code: CodeType) -> str | None:
-    """Return the name of the function or method whose result a function always returns; None if it does anything else
-    at its end."""
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "KW_NAMES")]
-    if sum(step.opname.startswith("RETURN") for step in steps) != 1 or len(steps) < 3 or steps[-2].opname != "CALL":
-        return None
-    missing = steps[-2].arg + 2  # values on the stack: the function, what it belongs to, and the arguments
-    for step in reversed(steps[:-2]):
-        missing -= dis.stack_effect(step.opcode, step.arg)
-        if missing < 2:
-            return step.argval if step.opname in ("LOAD_METHOD", "LOAD_ATTR", "LOAD_GLOBAL") else None
-    return None

@@ -5,6 +5,7 @@ import gc
 import random
 import threading
 import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 
@@ -642,6 +643,7 @@ def test_rows_beside_a_scripted_part():
     [
         lambda module, args, output: print(end=""),
         lambda module, args, output: {}.setdefault("seen", []).append(output.detach()),
+        lambda module, args, output: output * 1 if module.training else None,
         functools.partial(lambda name, module, args, output: None, "a"),
     ],
 )
@@ -676,13 +678,33 @@ class OfStaticMethod(OfHelper):
         return RNG.normal()
 
 
+class OfClassAttribute(OfHelper):
+    rng = RNG
+
+    def draw(self):
+        return self.rng.normal()
+
+
+class OfDefault(OfHelper):
+    def draw(self, rng=RNG):
+        return rng.normal()
+
+
+SETTINGS = SimpleNamespace(rng=RNG)
+
+
+class OfSettings(OfHelper):
+    def draw(self):
+        return SETTINGS.rng.normal()
+
+
 class OfProperty(OfHelper):
     @property
     def draw(self):
         return RNG.normal
 
 
-@pytest.mark.parametrize("kind", [OfHelper, OfStaticMethod, OfProperty])
+@pytest.mark.parametrize("kind", [OfHelper, OfStaticMethod, OfClassAttribute, OfDefault, OfSettings, OfProperty])
 def test_generators_that_methods_reach_stay_as_they_are(kind):
     net, state = kind(), RNG.bit_generator.state
     assert row_of(net, torch.randn(2, 4), "part")[0] is not None
@@ -730,6 +752,28 @@ class Freed:
 def test_what_does_something_when_it_is_freed_is_not_copied():
     net = nn.Sequential(nn.Identity(), nn.Identity())
     net.held = Freed()
-    assert row_of(net, torch.randn(2, 4), "0")[0] is not None
+    assert row_of(net, torch.randn(2, 4), "0")[0] is None
+    net.held = [net.held]
+    assert row_of(net, torch.randn(2, 4), "0")[0] is None
     gc.collect()
     assert Freed.count == 0
+
+
+class Locks(nn.Module):
+    """Holds its lock while it calls its part, and counts in a container that cannot be copied as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.lock = nn.Identity(), threading.Lock()
+        self.held = OrderedDict(lock=threading.RLock(), calls=0)
+
+    def forward(self, x):
+        with self.lock:
+            self.held["calls"] += 1
+            return self.part(x) * self.held["calls"]
+
+
+def test_locks_that_the_running_call_holds():
+    net, x = Locks(), torch.randn(2, 4)
+    assert torch.equal(row_of(net, x, "part")[0], x[1:])
+    assert net.held["calls"] == 1 and not net.lock.locked()

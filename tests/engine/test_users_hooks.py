@@ -393,11 +393,14 @@ def test_a_direct_call_of_forward_has_no_hooks():
 
 def test_a_hook_that_only_fills_a_cache_of_the_output():
     class Lazy:
+        looked = 0
+
         def __init__(self, x):
             self.x = x
 
         @functools.cached_property
         def norm(self):
+            self.looked += 1
             return self.x.norm()
 
     class Wraps(nn.Module):
@@ -449,3 +452,25 @@ def test_a_direct_call_whose_output_is_returned_again():
         first = run.same.output.clone()
     assert torch.equal(first, x) and torch.equal(run.result, x + 1)
     SEEN.clear()
+
+
+def test_a_hook_that_the_model_registers_calls_the_forward_pass():
+    class Registers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(4, 4), nn.Tanh()
+
+        def forward(self, x):
+            x = self.first(x)
+            hook = self.inner.register_forward_hook(lambda module, args, output: output + module.forward(args[0] * 2))
+            try:
+                return self.inner(self.inner(x))
+            finally:
+                hook.remove()
+
+    net, x = Registers(), torch.randn(2, 4)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run.first.output
+        once = hidden.tanh() + (hidden * 2).tanh()
+        assert torch.equal(run.inner.output, once)
+        assert torch.equal(run.inner.calls[1].output, once.tanh() + (once * 2).tanh())
