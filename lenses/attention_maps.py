@@ -391,11 +391,8 @@ def _result(
     method: str,
     given: GivenImage | None = None,
 ) -> AttentionMaps:
-    sums, keep, output = (
-        reading.sums,
-        reading.keep,
-        outputs_in(run.result, model.pipeline)[0] if given is None else given.image,
-    )
+    sums, keep = reading.sums, reading.keep
+    output = outputs_in(run.result, model.pipeline)[0] if given is None else given.image
     lowest = -torch.inf if method == "concept" else 0.0  # enlarging may make probabilities negative
     return AttentionMaps(
         maps=sums.mean().clamp_min(lowest),
