@@ -16,6 +16,7 @@ With x a hidden state, v the vector, f the factor and u = v / |v|, x becomes
 Within a single run of a language model, use `run.steer(layers, direction)`.
 """
 
+import math
 from typing import TypeVar
 
 import torch
@@ -75,7 +76,7 @@ def steer(
             argument is not valid.
         PointNotFoundError: A path does not exist.
     """
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise InputError(f"factor is a number, not {factor!r}")
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+        raise InputError(f"factor is a finite number, not {factor!r}")
     steering = find_steering(model, layers, vector, factor, positions, mode, steps, keep_norm)
     return visiting(model, steering.points, steering.change, branch)

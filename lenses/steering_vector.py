@@ -181,8 +181,8 @@ def steering_vector(
             of the first. In any model: paths or patterns of modules, such as "text_encoder.layers[4]" or
             "unet.**.attn2". Default: all layers of a language model.
         method: "mean": the difference of the means. "pca": the first principal component of the differences in each
-            pair of prompts, of length 1. "probe": the weights of a logistic regression that tells positive from
-            negative, of length 1. All point towards `positive`.
+            pair of prompts, of length 1, or zero where they do not differ. "probe": the weights of a logistic
+            regression that tells positive from negative, of length 1. All point towards `positive`.
         positions: The positions in each prompt whose mean is taken: 0 is its first token, -1 its last; in a pipeline,
             positions in the sequence that the module reads. Default: the last token in a language model, and all
             positions in a pipeline.
@@ -277,7 +277,10 @@ def _vectors(method: str, positive: torch.Tensor, negative: torch.Tensor) -> tor
 
 
 def _component(differences: torch.Tensor) -> torch.Tensor:
-    """Return the direction that explains most of the differences, (pairs, features), whatever their signs."""
+    """Return the direction that explains most of the differences, (pairs, features), whatever their signs; zeros if
+    there are none."""
+    if not differences.any():
+        return torch.zeros_like(differences[0])
     return torch.linalg.svd(differences, full_matrices=False).Vh[0]
 
 

@@ -145,9 +145,10 @@ def test_a_vector_that_is_not_finite(model):
     assert "not finite" in refusal(steer, model, 0, torch.full((32,), torch.nan))
 
 
-def test_a_factor_that_is_not_a_number():
-    with pytest.raises(InputError, match="factor is a number, not 'x'"):
-        steer(gpt2(), 0, torch.randn(32), factor="x")
+@pytest.mark.parametrize("factor", ["x", float("nan")])
+def test_a_factor_that_is_not_a_number(factor):
+    with pytest.raises(InputError, match=f"factor is a finite number, not {factor!r}"):
+        steer(gpt2(), 0, torch.randn(32), factor=factor)
 
 
 def test_a_module_by_its_path(net, model):

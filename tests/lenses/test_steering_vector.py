@@ -72,6 +72,7 @@ def test_the_first_component_of_the_differences(net, model):
     vectors = torch.linalg.eigh(differences.T @ differences).eigenvectors
     assert torch.allclose((found @ vectors[:, -1]).abs(), torch.ones(()), atol=1e-4)
     assert found @ differences.mean(0) > 0
+    assert not steering_vector(model, POSITIVE, POSITIVE, layers=2, method="pca", progress=False)[2].any()
 
 
 @torch.no_grad()
