@@ -19,7 +19,7 @@ import operator
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from threading import RLock, get_ident, main_thread
 from types import FrameType, FunctionType, MethodType
@@ -428,29 +428,20 @@ def _is_of_pytorch(frame: FrameType) -> bool:
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:
     """Return how many counted calls of a hooked module are in progress on the stack that ends with `frame`."""
-    running = 0
-    while frame is not None:
-        running += _is_call(frame, module)
-        frame = frame.f_back
-    return running
+    return sum(1 for _ in _calls_of(module, frame))
 
 
 def running_call(frame: FrameType | None, module: nn.Module) -> tuple[tuple, dict] | None:
     """Return the arguments of the innermost call of a hooked module on the stack that ends with `frame`."""
-    while frame is not None:
-        if _is_call(frame, module):
-            return frame.f_locals["args"][1:], frame.f_locals["kwargs"]
-        frame = frame.f_back
-    return None
+    call = next(_calls_of(module, frame), None)
+    return None if call is None else (call.f_locals["args"][1:], call.f_locals["kwargs"])
 
 
 def runs_hooks(module: nn.Module) -> bool:
     """Whether PyTorch makes the innermost call of a hooked module, with the hooks on the module. Otherwise other code
     calls `module.forward(...)`, without them."""
-    frame = sys._getframe(1)
-    while frame is not None and not _is_call(frame, module):
-        frame = frame.f_back
-    return frame is not None and _is_of_pytorch(frame.f_back)
+    call = next(_calls_of(module, sys._getframe(1)), None)
+    return call is not None and _is_of_pytorch(call.f_back)
 
 
 def note_hooks(module: nn.Module) -> None:
@@ -463,6 +454,14 @@ def is_replaced(module: nn.Module) -> bool:
     """Whether the hook of a hooked module has been replaced since the model last moved."""
     known = _hooked.get(id(module))
     return known is not None and module.__dict__.get(known[1]) is not known[0]
+
+
+def _calls_of(module: nn.Module, frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the counted calls of a hooked module on the stack that ends with `frame`, innermost first."""
+    while frame is not None:
+        if _is_call(frame, module):
+            yield frame
+        frame = frame.f_back
 
 
 def _is_call(frame: FrameType, module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from diffsight import Model
 from diffsight.errors import PointNotFoundError
 from helpers import footprint, outputs
-from models.nets import Net
+from models.nets import Direct, Net
 
 
 def test_a_fused_transformer_layer_is_taken_apart_where_something_in_it_is_read():
@@ -84,15 +84,7 @@ def test_a_class_that_is_patched_between_two_runs(net, x, monkeypatch):
 
 
 def test_a_call_past_the_hooks_is_a_call():
-    class Past(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.inner.forward(x)
-
-    net, x = Past(), torch.randn(1, 2)
+    net, x = Direct(), torch.randn(1, 4)
     with Model(net).trace(x) as run:
         run.inner.input[:] = 0
         assert torch.equal(run.inner.output, net.inner.bias[None])

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from diffsight import Model
 from diffsight.errors import DiffsightError
 from helpers import footprint
+from models.nets import Direct
 
 SEEN: list = []
 
@@ -377,14 +378,6 @@ def test_a_hook_that_calls_the_forward_pass():
 
 
 def test_a_direct_call_of_forward_has_no_hooks():
-    class Direct(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.inner.forward(x)
-
     net, x = Direct(), torch.randn(2, 4)
     net.inner.register_forward_hook(lambda module, args, output: output + 1)
     with torch.no_grad(), Model(net).trace(x) as run:

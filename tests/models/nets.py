@@ -92,6 +92,17 @@ def linear(seed: int = 0) -> nn.Linear:
         return nn.Linear(WIDTH, WIDTH)
 
 
+class Direct(nn.Module):
+    """Calls the forward pass of its part, past the hooks on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.inner.forward(x)
+
+
 class Noisy(nn.Module):
     """Draws random numbers from every generator that it knows."""
 
