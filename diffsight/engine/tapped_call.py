@@ -118,7 +118,7 @@ class Tap:
         self.entered, self.step_base = entered, step_base
         self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
         self.active: list[int] = []
-        self.awaited: dict[PointKey, tuple[bool, ...]] = {}
+        self.awaited: dict[PointKey, list[bool]] = {}
         self.points: dict[PointKey, Point] = {}
         self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = _NONE
         self.pending: dict[PointKey, list[Assignment]] = _NONE
@@ -140,9 +140,14 @@ class Tap:
             self.begun = False
         elif (new := self.enter(args, kwargs)) is not None:
             args, kwargs = new
-        index = self.active[-1]
-        if self.is_module and is_replaced(self.target.owner):
-            self.wrapped = index
+        index, has_hooks = self.active[-1], False
+        if self.is_module:
+            owner = self.target.owner
+            if is_replaced(owner):
+                self.wrapped = index
+            # Like PyTorch, look for hooks before the call.
+            if has_hooks := bool(owner._forward_hooks or _global_forward_hooks):
+                note_hooks(owner)
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
             self._check_wrapped((INPUTS, index), skip)
@@ -156,10 +161,6 @@ class Tap:
         versions = None
         if (OUTPUT, index) in self.awaited:
             versions = unseen(_versions, args, kwargs) if _len_torch_function_stack() else _versions(args, kwargs)
-        # Like PyTorch, look for hooks before the call.
-        has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
-        if has_hooks:
-            note_hooks(self.target.owner)
         try:
             output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
         except BaseException:
@@ -381,14 +382,19 @@ class Tap:
 
     def await_point(self, key: PointKey, in_step: bool) -> None:
         """A body waits for a point from now on, perhaps within a step only."""
-        self.awaited[key] = (*self.awaited.get(key, ()), in_step)
+        waiting = self.awaited.get(key)
+        if waiting is None:
+            self.awaited[key] = [in_step]
+        else:
+            waiting.append(in_step)
 
     def stop_awaiting(self, key: PointKey, in_step: bool) -> None:
         """The wait is over."""
-        waiting = self.awaited.pop(key, ())  # an interrupt may have left nothing
+        waiting = self.awaited.get(key, ())  # an interrupt may have left nothing
         if len(waiting) > 1:
-            left = waiting.index(in_step)
-            self.awaited[key] = (*waiting[:left], *waiting[left + 1 :])
+            waiting.remove(in_step)
+        elif waiting:
+            del self.awaited[key]
 
     def add_keeper(self, kind: str, keep: "Callable[[Tap, int, Any], None]") -> None:
         """Show every value that passes a kind of point to `keep`."""

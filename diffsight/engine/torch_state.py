@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from operator import call
 from typing import Any
 
 import torch
@@ -63,7 +62,8 @@ from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer
 _ACCELERATOR = torch.accelerator.current_accelerator()
 _HAS_CUDA = _ACCELERATOR is not None and _ACCELERATOR.type == "cuda"
 _ENABLED = _get_torch_function_state()
-_AUTOCAST_NESTING = torch.autocast_increment_nesting, torch.autocast_decrement_nesting
+# Each `next` increments the nesting depth of autocast and decrements it, both in C: no interrupt comes between them.
+_AUTOCAST_NESTING = zip(iter(torch.autocast_increment_nesting, None), iter(torch.autocast_decrement_nesting, None))
 _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 
@@ -116,11 +116,10 @@ class TorchState:
     def now(self) -> "TorchState":
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
         dtype, flash, math, of_cuda = self.flags
-        _, nesting = map(call, _AUTOCAST_NESTING)  # as in `_autocast_nesting`
         if (
             self.is_plain
             and is_grad_enabled() is self.grad
-            and not (nesting or _is_any_autocast_enabled())
+            and not (next(_AUTOCAST_NESTING)[1] or _is_any_autocast_enabled())
             and not (_len_torch_function_stack() or _len_torch_dispatch_stack())
             and not (_top_saved_tensors_default_hooks(True) or get_dynamic_layer_stack_depth())
             and is_inference_mode_enabled() is self.inference
@@ -230,9 +229,7 @@ def _restore_autocast(enabled: tuple, dtypes: tuple, is_cached: bool, nesting: i
 
 
 def _autocast_nesting() -> int:
-    """Return the nesting depth of autocast. Both calls are made from C, so that no interrupt comes between them."""
-    _, nesting = map(call, _AUTOCAST_NESTING)
-    return nesting
+    return next(_AUTOCAST_NESTING)[1]
 
 
 def _functorch_levels() -> tuple:
