@@ -93,7 +93,7 @@ class Steps:
         entered = False
         try:
             while last is None or max(flow.scope.step + 1, first) < last:
-                has_ended_before = flow.outcome is not None
+                has_ended_before = flow.outcome is not None or flow.clock.is_over
                 if not flow.next_step():
                     has_ended = flow.outcome is None or flow.has_result
                     if has_ended and current_edit() is None:
@@ -120,9 +120,10 @@ class Steps:
             raise InputError(f"run.steps[{first}:] has no steps: the run has {count}, 0 to {count - 1}")
 
     def _warn_of_early_end(self) -> None:
+        count = self._flow.scope.step + 1
         message = (
-            f"the loop over run.steps ended after {self._flow.scope.step + 1} steps, because something else, such as "
-            "run.result, had run the model to its end: ask for that after the loop"
+            f"the loop over run.steps ended after {count} step{'s' * (count != 1)}, because something else, such as "
+            "run.result or another loop over the steps, had run the model past the rest: ask for that after the loop"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 

@@ -216,7 +216,7 @@ class Flow(RunEnd):
         model ends, or stands before a call that comes after the last step."""
         self.check_thread("run.steps")
         self.start_edits()
-        if self.outcome is not None:
+        if self.outcome is not None or self.clock.is_over:
             return False
         self._start()
         scope = self.scope

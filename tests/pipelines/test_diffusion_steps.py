@@ -272,3 +272,12 @@ def test_a_denoiser_whose_forward_was_replaced():
             norms.append(run.unet.mid_block.output.norm())
     assert len(norms) == STEPS
     assert torch.equal(torch.stack(norms), torch.stack(seen)[:: len(seen) // STEPS])
+
+
+def test_a_loop_over_steps_that_the_bodies_of_rows_have_gone_through(sd):
+    with DiffusionModel(sd).generate(**SD() | {"prompt": ["a", "b"]}, seed=SEED) as run:
+        seen = []
+        with pytest.warns(RuntimeWarning, match="ended after 1 step, because something else"):
+            for step in run.steps:
+                seen.append((step.index, run.each(lambda row: [step.index for step in row.steps])))
+    assert seen == [(0, [[*range(1, STEPS)]] * 2)]
