@@ -82,9 +82,12 @@ def _children_first(cls: type) -> type:
     return type(cls.__name__, (ChildrenFirst, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
+set_class = object.__dict__["__class__"].__set__  # of a handle, whose own `__class__` may be that of a module
+
+
 def look_at_children_first(handle: Any) -> None:
     """Make a handle look up private names among the modules first; see `ChildrenFirst`."""
-    object.__setattr__(handle, "__class__", _children_first(type(handle)))
+    set_class(handle, _children_first(type(handle)))
 
 
 class InRun:
@@ -337,8 +340,14 @@ class Envoy(Points):
             self._tree.load_unless_scanning()
         return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)
 
+    @property
+    def __class__(self) -> type:
+        """The class of the module, so that `isinstance(run.layers[0], nn.Linear)` is true if it is of a Linear."""
+        target = self.__dict__.get("_target")
+        return type(target.owner) if target and isinstance(target.owner, nn.Module) else type(self)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and name not in VALUES:
+        if isinstance(value, nn.Module) and not isinstance(value, Points) and name not in VALUES:
             self._attach(name, value)
         else:
             super().__setattr__(name, value)
@@ -536,7 +545,7 @@ class Envoy(Points):
         return self._tree.names_in(self._target)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._names(), *dir(self._owner)})
+        return sorted({*dir(type(self)), *vars(self), *self._names(), *dir(self._owner)})
 
     def _hidden_names(self) -> list[str]:
         """Return the names of modules in this one that mean something else on an envoy, such as `output`."""

@@ -39,9 +39,10 @@ class Model(Envoy):
     """
 
     _run_class: type[Run] = Run
+    __class__ = property(type)  # a model is no module, unlike its envoys
 
     def __init__(self, module: nn.Module, methods: Iterable[str] = ()) -> None:
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or isinstance(module, Envoy):
             raise InputError(f"Model wraps a torch.nn.Module, not {type(module).__name__}")
         self._wrap(Tree(Target(module, FORWARD, "")))
         for path in methods:

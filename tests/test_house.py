@@ -36,6 +36,7 @@ ENGINE = [
     "engine.wrapped_modules",
     "engine.structural_copy",
     "engine.opaque_values",
+    "engine.trial_mode",
     "engine.larger_batches",
     "engine.call_settings",
     "engine.batch_dimensions",

@@ -31,6 +31,7 @@ from diffsight.extending import (
     open_run,
     owner_of,
     run_meant_by,
+    set_class,
 )
 
 TAKEN = ("output", "input", "inputs", "source", "iter")  # module names that are also attributes of envoys
@@ -249,7 +250,7 @@ def _converted(envoy: Any, family: dict[str, Any]) -> Any:
     """Turn an envoy of the engine, or of a wrapper, into one with nnsight's names."""
     if isinstance(envoy, Envoy):
         if not isinstance(envoy, CompatEnvoy):
-            object.__setattr__(envoy, "__class__", _with_compat_names(type(envoy)))
+            set_class(envoy, _with_compat_names(type(envoy)))
         envoy.__dict__["_family"] = family
     return envoy
 

@@ -4,9 +4,9 @@
     growth.of(unet.mid_block, "output", 1)          # [True]: the first dimension of its only tensor is the batch
 
 The component is called twice more, with batches that are larger by one and by two. These calls run on a copy of its
-structure, with tensors on the meta device, or with the real weights if the model is small or needs values. With real
-values, the entries that were added also have to arrive as they were: chunks of frames, say, may grow in number with the
-batch, and are not its rows.
+structure, with tensors on the meta device, or with the real weights if the model is small or needs values, see
+`trial_mode`. With real values, the entries that were added also have to arrive as they were: chunks of frames, say, may
+grow in number with the batch, and are not its rows.
 """
 
 import copy
@@ -22,12 +22,12 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diffsight.engine.changes_in_place import is_in_place
 from diffsight.engine.hooks import has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
 from diffsight.engine.random_generators import GivenGenerators, generators_of, held_by, kept_generators, states_of
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.torch_state import TorchState, call_in
+from diffsight.engine.trial_mode import TrialMode, without_dropout
 from diffsight.engine.wrapped_modules import wrapped_path
 
 Shapes = list[tuple[int, ...] | None]  # of everything in a value; None for anything but a tensor
@@ -36,9 +36,6 @@ Call = tuple[tuple, dict]  # the arguments of a call
 
 _SMALL = 10**7  # parameters: such a model runs faster with its weights than on the meta device
 _ROUNDING = 0.05  # relative difference
-_READING = {"item", "tolist", "numpy", "__int__", "__index__"}  # functions that return numbers of a tensor
-_SETTING = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # those that change one
-_CHOOSING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
 
 
 class Growth:
@@ -170,8 +167,8 @@ def _compare(one_more: Shapes, two_more: Shapes, total: int) -> Sizes:
 def _is_batch(one_more: Sequence[int], two_more: Sequence[int], total: int) -> bool | None:
     if one_more == two_more:
         return False
-    firsts = one_more[:1], two_more[:1]
-    return True if firsts == ((total + 1,), (total + 2,)) and not isinstance(two_more, _Mixed) else None
+    is_mixed = isinstance(one_more, _Mixed) or isinstance(two_more, _Mixed)
+    return True if (one_more[:1], two_more[:1]) == ((total + 1,), (total + 2,)) and not is_mixed else None
 
 
 def _call(
@@ -185,11 +182,10 @@ def _call(
 ) -> dict[nn.Module, dict[str, list[Shapes]]]:
     """Call a copy of a component with a batch of `total + more`, and with `change` of the copied arguments; return the
     shapes of the values that passed its modules."""
-    copied = structural_copy(component, with_weights, owns_weights=_is_small(component))
+    copied = without_dropout(structural_copy(component, with_weights, owns_weights=_is_small(component)))
     seen: dict[nn.Module, dict[str, list[Shapes]]] = {}
-    mixed: list[tuple[Shapes, int]] = []
     for module, original in zip(copied.modules(), component.modules(), strict=True):
-        see = partial(_see, seen.setdefault(original, {}), mixed, total)
+        see = partial(_see, seen.setdefault(original, {}), total)
         module.register_forward_hook(see, with_kwargs=True)
     with _Larger(total, more, with_weights) as larger:
         args, kwargs = change(copy.deepcopy(call))
@@ -197,31 +193,25 @@ def _call(
         growth.why_unknown = f"no tensor that the model is called with has a first dimension of {total}"
     generators = generators_of(copied.modules())
     before = states_of(generators)
-    with without_global_hooks(), GivenGenerators() as given, _Values(component, copied) as values:
+    with without_global_hooks(), GivenGenerators() as given, TrialMode(component, copied, total, more) as trial:
         copied(*args, **kwargs)
-    growth.is_of_values |= values.are_read
-    if states_of(generators) == before and not given.restorers:  # otherwise copies may differ in random numbers
-        for shapes, index in mixed:
-            shapes[index] = _Mixed(shapes[index])
+    growth.is_of_values |= trial.reads_values
+    if trial.moves_rows and (given.restorers or states_of(generators) != before):
+        growth.why_unknown = "it may put the batch in another order at random"
     return seen
 
 
-def _see(
-    calls: dict[str, list[Shapes]],
-    mixed: list[tuple[Shapes, int]],
-    total: int,
-    _: nn.Module,
-    args: tuple,
-    kwargs: dict,
-    output: Any,
-) -> None:
-    """Note the shapes in a call of a module, and in `mixed` those of tensors that do not repeat rows."""
+def _see(calls: dict[str, list[Shapes]], total: int, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Note the shapes in a call of a module."""
     values = {"inputs": (args, kwargs), "input": next(iter((*args, *kwargs.values())), None), "output": output}
     for part, value in values.items():
-        leaves = tree_leaves(value)
-        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-        calls.setdefault(part, []).append(shapes)
-        mixed += [(shapes, index) for index, leaf in enumerate(leaves) if not _repeats_rows(leaf, total)]
+        calls.setdefault(part, []).append([_shape(leaf, total) for leaf in tree_leaves(value)])
+
+
+def _shape(leaf: Any, total: int) -> tuple[int, ...] | None:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return tuple(leaf.shape) if _repeats_rows(leaf, total) else _Mixed(leaf.shape)
 
 
 class _Mixed(tuple):
@@ -235,17 +225,18 @@ def _repeats_rows(leaf: Any, total: int) -> bool:
 
     Most numbers in an entry have to be alike, up to rounding: some may tell it from others, as on the diagonal of a
     mask. The answer is yes for anything that has no such entries or cannot be compared."""
-    if type(leaf) not in (torch.Tensor, nn.Parameter) or leaf.shape[:1] != (total + 2,):
+    if type(leaf) not in (torch.Tensor, nn.Parameter) or leaf.is_nested or leaf.is_meta or not leaf.ndim:
         return True
-    if leaf.is_meta or leaf.is_quantized or leaf.layout is not torch.strided:
+    added = leaf.shape[0] - total
+    if added not in (1, 2) or leaf.is_quantized or leaf.layout is not torch.strided:
         return True
-    copies, originals = leaf[total:], torch.stack([leaf[total - 1], leaf[0]])
+    copies, originals = leaf[total:], torch.stack([leaf[total - 1], leaf[0]][:added])
     if torch.equal(copies, originals):
         return True
     alike = copies == originals
     if leaf.is_floating_point() or leaf.is_complex():
         alike |= torch.isclose(copies, originals, rtol=_ROUNDING, equal_nan=True)
-    return bool((alike.reshape(2, -1).float().mean(1) >= 0.5).all())
+    return bool((alike.reshape(added, -1).float().mean(1) >= 0.5).all())
 
 
 class _Larger(TorchFunctionMode):
@@ -268,47 +259,3 @@ class _Larger(TorchFunctionMode):
             self.has_grown = True
             tensor = torch.cat([tensor, tensor[-1:], tensor[:1]])[: self._total + self._more]
         return tensor.clone() if self._has_values else torch.empty_like(tensor, device="meta")
-
-
-class _Values(TorchFunctionMode):
-    """Notices whether the model computes shapes from the values of tensors, as those that route tokens to experts do.
-
-    A condition (`if mask.all()`) is not counted: it is common, and hardly ever decides about a layout. The mode also
-    keeps the copy from training the weights that it shares with the component."""
-
-    are_read = False
-
-    def __init__(self, component: nn.Module, copied: nn.Module) -> None:
-        super().__init__()
-        own = {id(parameter) for parameter in component.parameters()}
-        self._shared = {_memory_of(parameter) for parameter in copied.parameters() if id(parameter) in own}
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
-        if self._shared and self._trains(name, args, kwargs):
-            raise RuntimeError("it trains weights that are too large to be copied")
-        if name == "__getitem__":
-            self.are_read |= any(map(_is_mask, args[1] if type(args[1]) is tuple else args[1:]))
-        elif name in _READING or name in _CHOOSING or (name == "where" and len(args) == 1 and not kwargs):
-            self.are_read = True
-        return function(*args, **kwargs)
-
-    def _trains(self, name: str, args: tuple, kwargs: dict) -> bool:
-        """Whether a function changes a shared weight in place, or computes gradients for it."""
-        if name == "backward":
-            return True
-        if not (is_in_place(name) or name in _SETTING or "out" in kwargs):
-            return False
-        changed = [leaf for leaf in tree_leaves((args[:1], kwargs.get("out"))) if isinstance(leaf, torch.Tensor)]
-        return not self._shared.isdisjoint(map(_memory_of, changed))
-
-
-def _memory_of(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # it is sparse, say
-        return id(tensor)
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, torch.Tensor) and index.dtype is torch.bool

@@ -10,7 +10,7 @@ from torch._C import _is_any_autocast_enabled
 from diffsight.edits import start_edit
 from diffsight.engine.scan import ScanFlow, is_scanning
 from diffsight.engine.target import join
-from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
+from diffsight.envoy import Points, flow_of, run_meant_by, set_class, target_of, tree_of
 from diffsight.errors import InputError, NoRunError
 from diffsight.model import Model
 from diffsight.remote.remote_flow import RemoteFlow
@@ -151,7 +151,7 @@ def put_on_server(model: Model, server: ServedModel) -> None:
     """Make a model without weights send its runs to a server."""
     tree_of(model).elsewhere = Elsewhere(server)
     model.__dict__["server"] = server
-    object.__setattr__(model, "__class__", _class_on_server(type(model)))
+    set_class(model, _class_on_server(type(model)))
 
 
 def is_on_server(model: Any) -> bool:
