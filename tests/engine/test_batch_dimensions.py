@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from diffsight import Model
-from diffsight.engine import batch_dimensions
+from diffsight.engine import batch_dimensions, larger_batches
 from diffsight.errors import InputError
 from diffsight.extending import flow_of
 from models.nets import Noisy
@@ -777,3 +777,88 @@ def test_locks_that_the_running_call_holds():
     net, x = Locks(), torch.randn(2, 4)
     assert torch.equal(row_of(net, x, "part")[0], x[1:])
     assert net.held["calls"] == 1 and not net.lock.locked()
+
+
+class Sorts(nn.Module):
+    """Sorts its batch, perhaps at random, around a layer."""
+
+    def __init__(self, order=lambda lengths: lengths.argsort(stable=True)):
+        super().__init__()
+        self.middle, self.drop, self.order = nn.Linear(4, 4), nn.Dropout(0.1), order
+
+    def forward(self, x, lengths):
+        order = self.order(lengths)
+        return self.drop(self.middle(x[order]))[order.argsort()]
+
+
+class Chunks(nn.Module):
+    """Computes its frames in as many chunks, each as long as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle, self.drop = nn.Linear(4, 4), nn.Dropout(0.1)
+
+    def forward(self, x, lengths):
+        chunks = self.drop(x).flatten(0, 1).chunk(x.shape[1])
+        return torch.cat([self.middle(chunk) for chunk in chunks])
+
+
+class Swaps(nn.Module):
+    """Exchanges the halves of its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle, self.drop = nn.Linear(4, 4), nn.Dropout(0.1)
+
+    def forward(self, x, lengths):
+        return self.middle(torch.cat(self.drop(x).chunk(2)[::-1]))
+
+
+@pytest.mark.parametrize("kind", [Sorts, Chunks, Swaps])
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_rows_in_another_order(monkeypatch, kind, is_training, is_large):
+    monkeypatch.setattr(larger_batches, "_SMALL", 0 if is_large else 10**7)
+    net, x = kind().train(is_training), torch.randn(2, 6, 4)
+    for lengths in ([3, 3], [3, 1]):
+        row, whole = row_of(net, x, lengths=torch.tensor(lengths))
+        stays = kind is Sorts and lengths == [3, 3]
+        assert torch.equal(row, whole[1:]) if stays else row is None
+
+
+@pytest.mark.parametrize("shuffle", [torch.randperm, np.random.permutation, lambda n: random.sample(range(n), n)])
+def test_rows_in_an_order_drawn_at_random(shuffle):
+    net, x = Sorts(lambda lengths: torch.as_tensor(shuffle(len(lengths)))), torch.randn(3, 4)
+    for _ in range(8):
+        assert row_of(net, x, lengths=torch.ones(3))[0] is None
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_rows_chosen_by_their_numbers_stay_in_order(monkeypatch, is_large):
+    class LastTokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.middle = nn.Linear(4, 4)
+
+        def forward(self, x, lengths):
+            return self.middle(x[torch.arange(len(x)), lengths])
+
+    monkeypatch.setattr(larger_batches, "_SMALL", 0 if is_large else 10**7)
+    row, whole = row_of(LastTokens(), torch.randn(3, 6, 4), lengths=torch.tensor([3, 5, 1]))
+    assert torch.equal(row, whole[1:2])
+
+
+@pytest.mark.parametrize("draw", [torch.randn_like, lambda x: torch.empty_like(x).bernoulli_(0.5), nn.Dropout()])
+def test_rows_of_a_model_that_draws_random_numbers(draw):
+    class Noises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.middle = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            x = x * draw(x)
+            return self.middle(x, x, x)[0]
+
+    with torch.no_grad(), Model(Noises()).trace(torch.randn(3, 5, 4)) as run:
+        rows = [row.middle.output[0] for row in run.rows]
+        assert torch.equal(torch.cat(rows), run.middle.output[0])

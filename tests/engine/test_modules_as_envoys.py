@@ -201,3 +201,18 @@ def test_unregistered_modules_one_after_the_other(before):
             with Model(net).trace(X) as run:
                 run[1].first.output
                 run[1].several[2].output
+
+
+def test_envoys_have_the_class_of_their_module():
+    net = Net()
+    model = Model(net)
+    with model.trace(X) as run:
+        kinds = {type(module) for module in net.modules()}
+        for kind in kinds:
+            assert [isinstance(module, kind) for module in run.modules()] == [
+                isinstance(module, kind) for module in net.modules()
+            ]
+        assert not isinstance(model, nn.Module) and isinstance(run.last, nn.Tanh) and type(run.last) is type(run.named)
+        with pytest.raises(InputError, match=r"Model wraps a torch.nn.Module"):
+            Model(run.last)
+    assert "output" in dir(model.last) and isinstance(model.last, nn.Module)
