@@ -59,11 +59,11 @@ def named_arguments(function: Callable) -> set[str]:
     read, passed_on, handed_over = _keywords_in_source(own, rest.name)
     named |= set(keys) | read
     owner = getattr(function, "__self__", None)
-    for called in passed_on if owner is not None else ():
+    for called, given in passed_on if owner is not None else ():
         other = _method(owner, own, called)
         if other is not None:
-            is_method = isinstance(other, types.MethodType)
-            named |= named_arguments(other if is_method else types.MethodType(type(other).__call__, other))
+            is_function = isinstance(other, (types.MethodType, types.FunctionType))
+            named |= named_arguments(other if is_function else types.MethodType(type(other).__call__, other)) - given
     for called, place in handed_over if owner is not None else ():
         other = _method(owner, own, called)
         if isinstance(other, types.MethodType):
@@ -76,9 +76,10 @@ def named_arguments(function: Callable) -> set[str]:
 @functools.cache
 def _keywords_in_source(
     function: Callable, rest: str
-) -> tuple[frozenset[str], tuple[ast.Attribute, ...], tuple[tuple[ast.Attribute, int], ...]]:
-    """Return the names that a function reads from its `**rest`, the methods that it calls with `**rest`, and the
-    methods that it passes the dictionary `rest` to, each with the position of that argument."""
+) -> tuple[frozenset[str], tuple[tuple[ast.Attribute, set[str]], ...], tuple[tuple[ast.Attribute, int], ...]]:
+    """Return the names that a function reads from its `**rest`; the methods that it calls with `**rest`, each with the
+    names of the other arguments there; and the methods that it passes the dictionary `rest` to, each with the position
+    of that argument."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError, TypeError):  # no source code: any string in the code may be a name
@@ -110,17 +111,16 @@ def _read(node: ast.AST, rest: str) -> Iterable[str]:
         yield key.value
 
 
-def _passed_on(node: ast.AST, rest: str) -> ast.Attribute | None:
-    """Return the attribute that a piece of code calls with `**rest`, or None."""
+def _passed_on(node: ast.AST, rest: str) -> tuple[ast.Attribute, set[str]] | None:
+    """Return the attribute that a piece of code calls with `**rest`, and the names of the other arguments; or None."""
     if not isinstance(node, ast.Call) or not any(k.arg is None and _is_name(k.value, rest) for k in node.keywords):
         return None
-    return node.func if isinstance(node.func, ast.Attribute) else None
+    given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+    return (node.func, given) if isinstance(node.func, ast.Attribute) else None
 
 
-def _method(owner: object, function: Callable, called: ast.Attribute | None) -> Callable | None:
+def _method(owner: object, function: Callable, called: ast.Attribute) -> Callable | None:
     """Return the method that `self.name` or `super().name` refers to in a method of `owner`, or None."""
-    if called is None:
-        return None
     if _is_name(called.value, "self"):
         return getattr(owner, called.attr, None)
     if isinstance(called.value, ast.Call) and _is_name(called.value.func, "super"):

@@ -76,7 +76,7 @@ class Inputs:
 
 
 PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # arguments that describe the token ids
-_OF_TOKENIZERS = {  # what a tokenizer can return beside a model's arguments
+OF_TOKENIZERS = {  # what a tokenizer can return beside a model's arguments
     "token_type_ids",
     "special_tokens_mask",
     "offset_mapping",
@@ -166,7 +166,7 @@ def _of_dictionary(title: str, given: Mapping[str, Any], known: set[str]) -> dic
     if not given:
         raise InputError("there is no input, because the dictionary is empty")
     for name in given:
-        if name not in known | _OF_TOKENIZERS:
+        if name not in known | OF_TOKENIZERS:
             raise InputError(f"{title} takes no {name!r} in a dictionary of inputs{suggest(str(name), sorted(known))}")
     values = {name: _as_tensor(name, value) for name, value in given.items() if name in known}
     if isinstance(values.get("input_ids"), torch.Tensor) and values["input_ids"].ndim == 1:

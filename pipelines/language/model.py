@@ -56,7 +56,7 @@ from diffsight.pipelines.language.generation import (
     start_after,
 )
 from diffsight.pipelines.language.generation_numbers import check_generation_numbers
-from diffsight.pipelines.language.inputs import PER_TOKEN, Inputs, prepare_inputs
+from diffsight.pipelines.language.inputs import OF_TOKENIZERS, PER_TOKEN, Inputs, prepare_inputs
 from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.language.padding import cannot_ignore_padding, pads_left, reads_left_padded, sees_padding
@@ -66,6 +66,7 @@ from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.remote import ServedModel, is_on_server, put_on_server
 
+_OF_PEFT = "special_peft_forward_args"  # on a model of PEFT: the arguments that it takes out of `**kwargs`
 _FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 
 
@@ -271,6 +272,8 @@ class LanguageModel(Accessors, Model):
             grad: Whether gradients are enabled.
             kwargs: Passed to the model's forward pass.
         """
+        if inputs is None:  # all that a tokenizer returns may be passed, as in a dictionary
+            kwargs = {name: v for name, v in kwargs.items() if name in self.argument_names or name not in OF_TOKENIZERS}
         self._check_trace_arguments(kwargs)
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
@@ -380,7 +383,7 @@ class LanguageModel(Accessors, Model):
     def argument_names(self) -> set[str]:
         """The names of the arguments of the forward pass, including the arguments of models inside the model."""
         forward = unwrapped(self._owner).forward
-        named = named_arguments(forward)
+        named = named_arguments(forward).union(getattr(self._owner, _OF_PEFT, ()))
         if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
             return named
         inner = (module for module in self._owner.modules() if isinstance(module, PreTrainedModel))
@@ -435,7 +438,7 @@ class LanguageModel(Accessors, Model):
         unknown = next((name for name in kwargs if name not in self.argument_names), None)
         if unknown is None:
             return
-        if self._generates() and unknown in self.generation_argument_names:
+        if self._generates() and unknown in self.generation_argument_names - OF_TOKENIZERS:
             raise InputError(
                 f"trace runs one forward pass and does not take {unknown!r}: use model.generate(..., {unknown}=...)"
             )

@@ -1,5 +1,8 @@
 """An argument that a call does not name is an error with near names, also where `**kwargs` would swallow it."""
 
+from functools import partial
+
+import peft
 import pytest
 import torch
 
@@ -78,6 +81,31 @@ def test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known():
 def test_a_forward_pass_that_takes_any_keyword(given):
     with pytest.raises(InputError, match=f"LlamaForCausalLM has no argument '{next(iter(given))}'"):
         LanguageModel(llama(num_hidden_layers=2)).trace(IDS, **given)
+
+
+def test_what_the_loss_takes():
+    net = llama(num_hidden_layers=2)
+    for given in ({"shift_labels": IDS.roll(-3, 1)}, {"ignore_index": int(IDS[0, 1])}):
+        expected = net(IDS, labels=IDS, **given).loss
+        assert expected != net(IDS, labels=IDS).loss
+        assert torch.equal(LanguageModel(net).trace(IDS, labels=IDS, **given).result.loss, expected)
+
+
+def test_all_that_a_tokenizer_returns():
+    net, given = llama(num_hidden_layers=2), {"input_ids": IDS, "token_type_ids": torch.zeros_like(IDS)}
+    assert torch.equal(LanguageModel(net).trace(**given).result.logits, net(**given).logits)
+
+
+def test_adapters_of_peft_by_row():
+    lora = partial(peft.LoraConfig, r=2, target_modules=["q_proj"], init_lora_weights=False)
+    net, ids = peft.get_peft_model(llama(num_hidden_layers=2), lora()), IDS[:1].expand(2, -1)
+    net.add_adapter("other", lora())
+    given = {"adapter_names": ["default", "other"]}
+    with torch.no_grad():
+        logits = LanguageModel(net.eval()).trace(ids, **given).result.logits
+        assert torch.equal(logits, net(ids, **given).logits) and not torch.equal(logits[0], logits[1])
+        given |= {"max_new_tokens": 2, "do_sample": False}
+        assert torch.equal(LanguageModel(net).generate(ids, **given).result, net.generate(input_ids=ids, **given))
 
 
 def test_generation_names_near_arguments():
