@@ -85,12 +85,13 @@ class Editing(Deferred):
     Args:
         model: The model that is edited, or its copy.
         edits: The model's edits; the new one is added to them.
+        is_copy: Whether it is a copy, which only the name in `as` keeps.
     """
 
     _instead = "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
 
-    def __init__(self, model: Any, edits: Edits) -> None:
-        self._model, self._edits = model, edits
+    def __init__(self, model: Any, edits: Edits, is_copy: bool) -> None:
+        self._model, self._edits, self._is_copy = model, edits, is_copy
 
     def __call__(self, function: Callable[..., Any]) -> Any:
         """Add a function as an edit; return the edited model."""
@@ -102,6 +103,11 @@ class Editing(Deferred):
         return self._model
 
     def _given(self) -> Any:
+        if self._is_copy and not self._block.is_bound:
+            raise InputError(
+                "the edited copy of the model is bound to no name, so it would be lost: write `with model.edit() as "
+                "edited:`, or `with model.edit(inplace=True):` to edit the model itself"
+            )
         return self._model
 
     def _take(self, block: Block) -> None:

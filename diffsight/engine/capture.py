@@ -86,6 +86,11 @@ class Block:
         self._names = {name: variables[name] for name in code.co_varnames[1 : code.co_argcount]}
 
     @property
+    def is_bound(self) -> bool:
+        """Whether the statement binds its value to a name: `with ... as name:`."""
+        return self._target is not None
+
+    @property
     def source(self) -> str:
         """The source of the statement, as Python writes it from its syntax tree."""
         return ast.unparse(self._statement)

@@ -514,7 +514,7 @@ def test_trace_functions_are_put_back(model, net, x):
 def test_no_trace_function_stays(model):
     frame, before = inspect.currentframe(), sys.gettrace()
     local = frame.f_trace, frame.f_trace_opcodes
-    with model.edit():
+    with model.edit(inplace=True):
         model.layers[0].output[:] = 0
     assert sys.gettrace() is before and (frame.f_trace, frame.f_trace_opcodes) == local
 
@@ -534,7 +534,7 @@ def test_within_a_trace_function(model):
 
     def tracer(frame, event, argument):
         try:
-            with model.edit():
+            with model.edit(inplace=True):
                 caught.append("block")
         except SourceError as error:
             caught.append(error)

@@ -718,3 +718,10 @@ def test_hidden_state_is_patched_into_every_run(gpt2, ids):
     assert token == gpt2(ids).logits[:, -1].argmax() and torch.equal(
         model.trace(other).result.logits, gpt2(other).logits
     )
+
+
+def test_a_copy_without_a_name(model, x):
+    with pytest.raises(InputError, match=r"would be lost: write `with model.edit\(\) as edited:`"):
+        with model.edit():
+            model.layers[0].output[:] = 0
+    assert model.edits == [] and torch.equal(model.trace(x).result, model(x))
