@@ -7,6 +7,7 @@ run.result
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self, overload
@@ -25,6 +26,8 @@ from diffsight.envoy import Envoy, owner_of
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.recorded_values import find_points
 from diffsight.run import Run
+
+_LIST = r"(<class ')?(typing\.|collections\.abc\.)?([lL]ist|Sequence|Iterable)\b"  # the annotation of a list
 
 
 class Model(Envoy):
@@ -68,14 +71,16 @@ class Model(Envoy):
 
         Args:
             *args: Arguments of the module. A list of tensors is a batch of inputs, each as you would pass it alone;
-                `run.rows` are its parts.
+                `run.rows` are its parts. If the module itself takes a list, name the argument, `trace(views=[a, b])`,
+                unless the annotation of its first argument says so (`views: list[Tensor]`).
             grad: Whether to enable gradients. Otherwise the model runs in the grad mode in which the run is opened.
             **kwargs: Keyword arguments of the module.
         """
+        _check_grad(self._owner.forward, grad)
         again = None if args else partial(self.trace, grad=grad, **kwargs)
         if not args and not kwargs and _requires_input(self._owner):
             return self._new_run(_no_input, again=again)
-        args, sizes = _batch(args, kwargs)
+        args, sizes = _batch(self._owner.forward, args, kwargs)
         return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again, grad)
 
     def generate(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
@@ -83,8 +88,9 @@ class Model(Envoy):
 
         Raises PointNotFoundError if the module has no such method."""
         function = self._generating()
+        _check_grad(function, grad)
         again = None if args else partial(self.generate, grad=grad, **kwargs)
-        args, sizes = _batch(args, kwargs)
+        args, sizes = _batch(function, args, kwargs)
 
         def call() -> Any:  # looked up when it is called, since it may be tapped by then
             return (with_gradients(function) if grad else self._owner.generate)(*args, **kwargs)
@@ -97,7 +103,7 @@ class Model(Envoy):
             model.check(prompt, seed=seed, **arguments)     # raises what model.generate would raise
 
         Raises InputError if they cannot be used."""
-        _batch(args, kwargs)
+        _batch(self._owner.forward, args, kwargs)
 
     def find_points(self, pattern: str) -> list[str]:
         """Return the paths of the points that a path or a pattern names, in the order of the tree.
@@ -186,7 +192,7 @@ class Model(Envoy):
         Raises SourceError if the source of the block cannot be read. A function always works."""
         check_no_edit()
         model = self if inplace else self._copy()
-        editing = Editing(model, model._edits)
+        editing = Editing(model, model._edits, is_copy=not inplace)
         return editing if function is None else editing(function)
 
     @property
@@ -232,26 +238,46 @@ def open_run(model: Model, function: Callable[[], Any]) -> Run:
 
 
 def _requires_input(module: nn.Module) -> bool:
-    try:
-        inspect.signature(module.forward).bind()
-    except TypeError:
-        return True
-    except ValueError:  # it has no signature
-        pass
-    return False
+    needed = (p for p in _parameters(module.forward) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return any(parameter.default is parameter.empty for parameter in needed)
 
 
 def _no_input() -> Any:
     raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(x)")
 
 
-def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
-    """Return the arguments, with a list of tensors joined into one, and the number of batch entries of each input."""
+def _batch(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
+    """Return the arguments of a function, with a list of tensors joined into one unless the function takes a list, and
+    the number of batch entries of each input."""
     first = args[0] if args else next(iter(kwargs.values()), None)
     if args and isinstance(first, list) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
+        parameter = next((p for p in _parameters(function) if p.kind is not p.VAR_POSITIONAL), None)
+        if parameter is not None and re.match(_LIST, str(parameter.annotation)):
+            return args, []
         try:
             return (torch.cat(first), *args[1:]), [len(x) for x in first]
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(x.shape)) for x in first)
-            raise InputError(f"the inputs do not form a batch: their shapes are {shapes}") from error
+            by_name = f": {parameter.name}=[...]" if parameter else ""
+            raise InputError(
+                f"the inputs do not form a batch: their shapes are {shapes}. If the module itself takes a list, pass "
+                f"it by name{by_name}"
+            ) from error
     return args, [1] * first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else []
+
+
+def _check_grad(function: Callable, grad: bool) -> None:
+    """Raise InputError if `grad=True` may be meant for the function, which has an argument of that name."""
+    names = [parameter.name for parameter in _parameters(function)] if grad else []
+    if "grad" in names:
+        raise InputError(
+            "grad= enables gradients in the run, but the module has an argument of that name too. Pass that by "
+            f"position, as argument {names.index('grad') + 1}, or open the run under torch.enable_grad()"
+        )
+
+
+def _parameters(function: Callable) -> list[inspect.Parameter]:
+    try:
+        return [*inspect.signature(function).parameters.values()]
+    except ValueError:  # it has no signature
+        return []

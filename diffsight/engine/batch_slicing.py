@@ -182,14 +182,19 @@ class TracedPart(Part):
         self._why_unknown = ""
 
     def take(self, value: Any, path: object) -> Any:
-        self._look_at(value)
+        self._look_at(value, path)
         return super().take(value, path)
 
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
-        self._look_at(whole)
+        self._look_at(whole, path)
         return super().put(whole, value, path, copies)
 
-    def _look_at(self, value: Any) -> None:
+    def _look_at(self, value: Any, path: object) -> None:
+        is_nested = value.is_nested if type(value) is torch.Tensor else any(map(_is_nested, tree_leaves(value)))
+        if is_nested:
+            raise InputError(
+                f"{path} is a nested tensor, which cannot be cut into rows. Read or assign it on the run itself"
+            )
         found, self._why_unknown = batch_dimensions(self._tap, self._index, self._part, value, self.total)
         if found is None:
             self._found = None
@@ -214,6 +219,10 @@ class TracedPart(Part):
                 f"the batch of {self.total}. Read or assign it on the run itself"
             )
         return super()._slice(tensor, path)
+
+
+def _is_nested(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_nested
 
 
 def _check_kind(whole: torch.Tensor, value: torch.Tensor, path: object) -> None:

@@ -209,7 +209,7 @@ def _see(calls: dict[str, list[Shapes]], total: int, _: nn.Module, args: tuple, 
 
 
 def _shape(leaf: Any, total: int) -> tuple[int, ...] | None:
-    if not isinstance(leaf, torch.Tensor):
+    if not isinstance(leaf, torch.Tensor) or leaf.is_nested:
         return None
     return tuple(leaf.shape) if _repeats_rows(leaf, total) else _Mixed(leaf.shape)
 
@@ -225,7 +225,7 @@ def _repeats_rows(leaf: Any, total: int) -> bool:
 
     Most numbers in an entry have to be alike, up to rounding: some may tell it from others, as on the diagonal of a
     mask. The answer is yes for anything that has no such entries or cannot be compared."""
-    if type(leaf) not in (torch.Tensor, nn.Parameter) or leaf.is_nested or leaf.is_meta or not leaf.ndim:
+    if type(leaf) not in (torch.Tensor, nn.Parameter) or leaf.is_meta or not leaf.ndim:
         return True
     added = leaf.shape[0] - total
     if added not in (1, 2) or leaf.is_quantized or leaf.layout is not torch.strided:

@@ -155,11 +155,14 @@ class Tree:
         return {name for module in modules for inner in module.modules() for name, _ in inner._modules.items()}
 
     def child_of(self, target: Target, name: str) -> Target | None:
-        """Return the child, method or standard name called `name` in a part; None if there is none."""
-        child = self.children_of(target).get(name)
+        """Return the child, method or standard name called `name` in a part; None if there is none. In a list, "-1" is
+        the last child."""
+        children, owner = self.children_of(target), target.owner
+        child = children.get(name)
+        if child is None and isinstance(owner, (nn.ModuleList, nn.Sequential)) and name.removeprefix("-").isdecimal():
+            child = dict(zip(map(str, range(-len(children), 0)), children.values())).get(name)
         if child is not None:
             return child
-        owner = target.owner
         if name in self.methods_of(owner):
             return Target(owner, name, join(target.path, name), target if isinstance(owner, nn.Module) else None)
         return self.target_named(target, name)

@@ -199,7 +199,7 @@ class Assignment:
         difference = _difference(before, value)
         if difference and before.ndim != value.ndim:
             raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
-        if before.shape != value.shape and _is_broadcast(value, before):
+        if _shape(before) != _shape(value) and _is_broadcast(value, before):
             raise AssignmentError(f"{self} {difference}. To repeat the value, write value.expand(...)")
         return difference
 
@@ -257,13 +257,18 @@ def check_value(asked: Asked, value: Any) -> None:
 
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
     """Describe the difference at which a model may fail if `value` replaces `before`; None if there is none."""
-    if before.shape != value.shape:
-        return f"has the shape {tuple(before.shape)}, but {tuple(value.shape)} was assigned"
+    if _shape(before) != _shape(value):
+        return f"has the shape {_shape(before)}, but {_shape(value)} was assigned"
     if before.dtype != value.dtype:
         return f"has the type {before.dtype}, but a tensor of {value.dtype} was assigned"
     if before.device != value.device:
         return f"is on {before.device}, but a tensor on {value.device} was assigned"
     return None
+
+
+def _shape(tensor: torch.Tensor) -> tuple:
+    """Return the shape of a tensor; of a nested tensor, the shapes of its parts."""
+    return tuple([_shape(part) for part in tensor.unbind()] if tensor.is_nested else tensor.shape)
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -274,4 +279,4 @@ def _differ(a: Any, b: Any) -> bool:
 
 def _is_broadcast(value: torch.Tensor, before: torch.Tensor) -> bool:
     """Whether `value` has 1 wherever its shape differs from that of `before`."""
-    return all(size in (1, own) for size, own in zip(value.shape, before.shape))
+    return not value.is_nested and all(size in (1, own) for size, own in zip(_shape(value), _shape(before)))

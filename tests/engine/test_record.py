@@ -36,6 +36,14 @@ def test_patterns(net, x):
     assert torch.equal(args[0], outputs(net.layers[2], net, x)[0]) and kwargs == {}
 
 
+def test_items_counted_from_the_end(net, x):
+    model = Model(net)
+    assert model.find_points("layers[-1].*.input") == model.find_points("layers[2].*.input")
+    assert model["layers[-3].leaf"].path == "layers[0].leaf"
+    with pytest.raises(PointNotFoundError, match="layers has no '-4'"):
+        model.find_points("layers[-4]")
+
+
 def test_values_are_those_the_model_goes_on_with(net, x):
     with Model(net).trace(x) as run:
         kept = run.record("layers[0]")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffsight import Model
-from diffsight.errors import PointNotFoundError
+from diffsight.errors import AssignmentError, InputError, PointNotFoundError
 from helpers import footprint, outputs
 from models.nets import Direct, Net
 
@@ -208,3 +208,50 @@ def test_a_call_that_is_passed_through(x):
         assert torch.equal(run[1].output, net[0](x) * 2)
         run[1].output = run[1].output + 1
     assert torch.equal(run.result, net[2](net[0](x) * 2 + 1))
+
+
+def test_nested_tensors_between_layers():
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        hook = net.layers[0].register_forward_hook(lambda module, args, output: output * 2)
+        expected = net(x, src_key_padding_mask=padding)
+        hook.remove()
+        with Model(net).trace(x, src_key_padding_mask=padding) as run:
+            run.layers[0].output = run.layers[0].output * 2
+        assert torch.equal(run.result, expected)
+        with Model(net).trace(x, src_key_padding_mask=padding) as run:
+            run.layers[1].input = run.layers[1].input * 2
+        assert torch.equal(run.result, expected)
+        with pytest.raises(InputError, match="is a nested tensor, which cannot be cut into rows"):
+            with Model(net).trace(x, src_key_padding_mask=padding) as run:
+                run.rows[1].layers[0].output
+        with pytest.raises(AssignmentError, match=r"has the shape \(\(5, 8\), \(3, 8\)\), but \(2, 5, 8, 1\) was"):
+            with Model(net).trace(x, src_key_padding_mask=padding) as run:
+                run.layers[0].output = x[..., None]
+
+
+class TakesAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, views: list[torch.Tensor], grad=False):
+        return sum(map(self.linear, views))
+
+
+def test_a_forward_that_takes_a_list():
+    net, views = TakesAList(), [torch.randn(2, 4), torch.randn(2, 4)]
+    assert torch.equal(Model(net).trace(views).result, net(views))
+    assert torch.equal(Model(net).trace(views=views).result, net(views))
+    plain = Model(nn.Sequential(nn.Linear(4, 4)))
+    assert torch.equal(plain.trace(views).result, plain(torch.cat(views)))
+    with pytest.raises(InputError, match=r"do not form a batch.*takes a list, pass it by name: input=\[\.\.\.\]"):
+        plain.trace([views[0], views[0][0]])
+
+
+def test_a_forward_with_an_argument_called_grad():
+    model, views = Model(TakesAList()), [torch.randn(2, 4)]
+    with pytest.raises(InputError, match=r"an argument of that name too. Pass that by position, as argument 2"):
+        model.trace(views, grad=True)
+    assert torch.equal(model.trace(views, True).result, model(views))
