@@ -35,7 +35,7 @@ def with_envoys(value: Any, path: str, envoy_of: EnvoyOf, depth: int = _DEPTH) -
         envoy_of: Returns the envoy of a module, given the module and its path.
         depth: The number of containers within each other that are searched.
     """
-    if isinstance(value, nn.Module):
+    if _is_module(value):
         return envoy_of(value, path)
     if isinstance(value, MethodType) or (type(value) is FunctionType and _uses_module(value)):
         return wraps(value)(lambda *args, **kwargs: with_envoys(value(*args, **kwargs), "", envoy_of))
@@ -57,10 +57,15 @@ def with_envoys(value: Any, path: str, envoy_of: EnvoyOf, depth: int = _DEPTH) -
     return type(value)(*items) if hasattr(value, "_make") else type(value)(items)
 
 
+def _is_module(value: Any) -> bool:
+    """Whether a value is a module itself, not an envoy, which has its class by name only."""
+    return issubclass(type(value), nn.Module)
+
+
 def _holds_module(value: Any, depth: int) -> bool:
     """Whether there is a module in a container, or in one of the containers in it."""
     items = _items_of(value)
-    return any(isinstance(item, nn.Module) for item in items) or (
+    return any(map(_is_module, items)) or (
         depth > 1 and any(type(item) in _CONTAINERS and _holds_module(item, depth - 1) for item in items)
     )
 
@@ -84,4 +89,4 @@ def _names_of(value: Any) -> Iterable[Any]:
 
 def _uses_module(function: FunctionType) -> bool:
     """Whether a function uses a module from the code around it, as `lambda: self.block` does."""
-    return any(isinstance(value, nn.Module) for value in getclosurevars(function).nonlocals.values())
+    return any(map(_is_module, getclosurevars(function).nonlocals.values()))

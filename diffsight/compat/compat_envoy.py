@@ -171,7 +171,7 @@ class CompatEnvoy(Envoy):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if not isinstance(value, nn.Module):
+        if isinstance(value, Envoy) or not isinstance(value, nn.Module):
             return value
         known = self._targets_inside().get(id(value))  # an alias of another module, such as transformers' `base_model`
         return self._handle(known or Target(value, FORWARD, join(self._target.path, name), self._target))
