@@ -24,6 +24,7 @@ import torch
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.layers import Layers
+from diffsight.lenses.numbers import as_number
 from diffsight.lenses.steering_vector import SteeringVectors
 from diffsight.lenses.visits.steered import Positions, find_steering
 from diffsight.lenses.visits.visiting import visiting
@@ -76,7 +77,8 @@ def steer(
             argument is not valid.
         PointNotFoundError: A path does not exist.
     """
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+    number = as_number(factor)
+    if number is None or not math.isfinite(number):
         raise InputError(f"factor is a finite number, not {factor!r}")
-    steering = find_steering(model, layers, vector, factor, positions, mode, steps, keep_norm)
+    steering = find_steering(model, layers, vector, number, positions, mode, steps, keep_norm)
     return visiting(model, steering.points, steering.change, branch)

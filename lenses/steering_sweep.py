@@ -20,6 +20,7 @@ from diffsight.lenses.denoising.call_checks import Steps, check_one_image
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layers
+from diffsight.lenses.numbers import as_number, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -157,8 +158,9 @@ def steering_sweep(
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InputError("prompts must be a prompt, or a list of prompts")
-    wanted = tuple(factors) if isinstance(factors, Sequence) and not isinstance(factors, str) else ()
-    if not wanted or not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in wanted):
+    given = unpacked(factors)
+    wanted = tuple(map(as_number, given)) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if not wanted or None in wanted:
         raise InputError(f"factors must be numbers, such as [0, 5, 10], not {factors!r}")
     run = _checked(model, texts, batch_size, seed, arguments)
     size = batch_size or len(wanted)
