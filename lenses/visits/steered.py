@@ -1,14 +1,15 @@
 """How a steered model changes a value: what is added or removed, where, and in which steps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, users_frame
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.numbers import as_integer, unpacked
@@ -57,6 +58,21 @@ class Steering:
             return None
         where = self._where(visit)
         return None if where is None else torch.where(where, self._moved(visit), visit.value)
+
+    def step_check(self) -> Callable[[int], None]:
+        """Return a function that takes the number of steps of a run of a language model, and warns of chosen steps that
+        the run did not have, at the line of the user's code that is being executed now."""
+        frame, _ = users_frame()
+        return partial(self._warn_of_steps, frame.f_code.co_filename, frame.f_lineno)
+
+    def _warn_of_steps(self, file: str, line: int, count: int) -> None:
+        items = [] if self.steps is None else check_steps(self.steps)
+        missed = [str(item) for item in items if not any(is_among(step, [item]) for step in range(count))]
+        if missed:
+            which = ", ".join(missed if len(missed) < 4 else [*missed[:2], "…", missed[-1]])
+            ran = f"{count} steps, 0 to {count - 1}" if count > 1 else "1 step, 0"
+            message = f"nothing was steered in step{'s' * (len(missed) > 1)} {which}: the run had {ran}"
+            warnings.warn_explicit(message, RuntimeWarning, file, line)
 
     def _moved(self, visit: Visit) -> torch.Tensor:
         value, vector = visit.value, self._vector(visit)

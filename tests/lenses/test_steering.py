@@ -234,3 +234,21 @@ def test_numbers_of_any_kind(model, given, plain):
 )
 def test_other_values_are_refused(model, given, said):
     assert said in refusal(steer, model, **{"layers": 1, "vector": VECTOR, **given})
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [([0, 9], "step 9: the run had 2 steps, 0 to 1"), (slice(5, 9), "step slice"), (range(6), "steps 2, 3, …, 5")],
+)
+def test_a_warning_of_steps_that_a_generation_did_not_have(model, steps, said):
+    steered = steer(model, [0, 1], VECTOR, steps=steps)
+    with pytest.warns(RuntimeWarning) as told:
+        steered.generate(PROMPTS[0], max_new_tokens=2).result
+    assert len(told) == 1 and f"nothing was steered in {said}" in str(told[0].message)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("steps", [None, 1, slice(1, None), slice(0, 9)])
+def test_no_warning_of_steps_that_a_generation_had(model, steps, recwarn):
+    steer(model, 1, VECTOR, steps=steps).generate(PROMPTS[0], max_new_tokens=2).result
+    assert not [one for one in recwarn if "steered" in str(one.message)]
