@@ -45,7 +45,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CausalTrace(LensResult):
     """How much of an output comes back when one place is restored.
 

@@ -46,7 +46,7 @@ from diffsight.pipelines.local_paths import find_path, shortened
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activations:
     """What the layers of a model returned at the chosen tokens of many prompts: `activations[4]` is layer 4.
 

@@ -59,7 +59,7 @@ _MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # prompts in a batch, bytes of its hid
 _NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, characters of each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedPrompts:
     """All prompts, as one text encoder encodes them.
 
@@ -79,7 +79,7 @@ class EncodedPrompts:
     lens: tuple[DiffusionLensResult, ...] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncoderComparison(LensResult, Mapping):
     """The same prompts in several text encoders: `result[name]` has those of one, `list(result)` the names.
 

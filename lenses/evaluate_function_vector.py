@@ -25,7 +25,7 @@ from diffsight.lenses.visits.steered import check_vector
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FunctionVectorScores(LensResult):
     """The answers to questions without examples.
 

@@ -46,7 +46,7 @@ from diffsight.pipelines.language.model import LanguageModel
 Head = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FunctionVector(LensResult):
     """A function vector, and the effect of every head.
 

@@ -42,7 +42,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inversion(LensResult):
     """The noise of an image, and what the pipeline draws from it.
 

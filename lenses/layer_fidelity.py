@@ -56,7 +56,7 @@ _OPTIONS = ("encoder", "layers", "isolate", "norm", "pooled")  # options of the 
 _ROWS = 48
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerFidelity(LensResult):
     """What the reader sees in the images of each layer.
 

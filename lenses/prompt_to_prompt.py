@@ -49,7 +49,7 @@ _LARGEST_SELF = 32 * 32  # image positions: in larger maps self-attention is lef
 _MASK = 0.3  # as a share of the largest value of a map
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptToPromptResult(LensResult):
     """The image of a prompt, and its edit.
 

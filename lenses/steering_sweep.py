@@ -39,7 +39,7 @@ _CELL = 128  # pixels of an image in a grid
 _LONGEST = 60  # characters of a prompt in the title of a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeringSweep(LensResult):
     """Images or texts by prompt and factor.
 

@@ -24,7 +24,7 @@ IMAGE = "image"  # the positions of image tokens
 _BY_PROMPT = ("images", "decoder_input_ids")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some of the prompts: a run over them that has not started, and the chosen positions of their tokens.
 

@@ -26,7 +26,7 @@ from diffsight.lenses.results.sections import Cell, CurveSection, Section, Table
 from diffsight.lenses.results.token_plots import curves, table, visible
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LensPredictions(LensResult):
     """Next-token predictions by prompt, layer and position.
 

@@ -28,7 +28,7 @@ Wrapper = TypeVar("Wrapper")
 BRANCHES = ("cond", "uncond", "both")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Visit:
     """A value as the model passes a point.
 
