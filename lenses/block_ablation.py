@@ -112,7 +112,12 @@ def block_ablation(
         measure, name = partial(metric.measure, clean=plain.outcome, pair=number), f"the prompt {prompt!r}"
         targets.append(measure(plain.outcome, rows=[name]).item())
         apply, named = partial(_ablate, mode), partial(changes.named, name)
-        values.append(rows.sweep(plain, changes.rows, apply, measure, named, batch_size, progress))
+        found = torch.full((len(changes.sites), len(changes.columns)), torch.nan)
+        for apart in _without_nesting(changes.rows) if mode == "skip" else [changes.rows]:
+            swept = rows.sweep(plain, apart, apply, measure, named, batch_size, progress)
+            for change in apart:
+                found[change.place] = swept[change.place]
+        values.append(found)
         passes += rows.passes
     return SiteEffects(
         lens="block_ablation",
@@ -132,15 +137,61 @@ def block_ablation(
     )
 
 
-def _ablate(mode: str, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:
+def _without_nesting(changes: Sequence[Change]) -> list[list[Change]]:
+    """Return changes in groups without modules inside one another.
+
+    A pass cannot skip both, since it reads the input of the outer one once it has left the inner one."""
+    modules = {change.site.module for change in changes}
+    groups: dict[int, list[Change]] = {}
+    for change in changes:
+        depth = sum(change.site.module.startswith((f"{outer}.", f"{outer}[")) for outer in modules)
+        groups.setdefault(depth, []).append(change)
+    return list(groups.values())
+
+
+def _ablate(mode: str, run: Any, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:
     """Replace the output of a module in one row."""
-    points = row[change.site.module]
-    points = points.calls[call] if call else points
+    path = change.site.module
+    points = [part[path].calls[call] if call else part[path] for part in (run, row)]
     if mode == "skip":
-        given = [leaf for leaf in tree_leaves(points.inputs) if isinstance(leaf, torch.Tensor)]
-        points.output = _mapped(points.output, partial(_given_for, change.site.module, given))
+        points[1].output = _skipped(path, *points)
     else:
-        points.output = _mapped(points.output, torch.zeros_like if mode == "zero" else _mean)
+        points[1].output = _mapped(points[1].output, torch.zeros_like if mode == "zero" else _mean)
+
+
+def _skipped(path: str, of_all: Any, of_row: Any) -> Any:
+    """Return what a module returns in a row if it is skipped.
+
+    The inputs are those of all rows: they may hold values that have no rows, such as rotary embeddings. All rows skip
+    the module for a moment, which shows the part of the row.
+
+    Raises:
+        InputError: The module cannot be skipped.
+    """
+    try:
+        inputs = of_all.inputs
+    except InputError as error:
+        raise InputError(
+            f"{path} cannot be skipped in one branch, since its inputs hold a value that cannot be divided into "
+            'branches: omit branch, or pass mode="zero"'
+        ) from error
+    given = _tensors(inputs)
+    output = of_all.output
+    returned = _tensors(output)
+    if given and len(returned) == 1 and _fits(given[0], returned[0]):  # rotary embeddings may have this shape too
+        given = given[:1]
+    of_all.output = _mapped(output, partial(_given_for, path, given))
+    skipped = of_row.output
+    of_all.output = output
+    return skipped
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _fits(given: torch.Tensor, output: torch.Tensor) -> bool:
+    return given.shape == output.shape and given.dtype == output.dtype
 
 
 def _mapped(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -160,7 +211,7 @@ def _given_for(path: str, given: Sequence[torch.Tensor], output: torch.Tensor) -
     Raises:
         InputError: No input has this shape, or several inputs have it.
     """
-    fitting = [tensor for tensor in given if tensor.shape == output.shape and tensor.dtype == output.dtype]
+    fitting = [tensor for tensor in given if _fits(tensor, output)]
     if len(fitting) != 1:
         found = "none of its inputs has" if not fitting else f"{len(fitting)} of its inputs have"
         raise InputError(

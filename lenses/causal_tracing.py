@@ -15,6 +15,7 @@ Editing Factual Associations in GPT", 2022, section 2; for the text encoder and 
 Basu et al., "Localizing and Editing Knowledge in Text-to-Image Generative Models", 2023, section 3).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.metric import Metric, Outcome
+from diffsight.lenses.numbers import as_number, as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_bars, effect_map
@@ -43,7 +45,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CausalTrace(LensResult):
     """How much of an output comes back when one place is restored.
 
@@ -187,14 +189,15 @@ def causal_tracing(
     check_count("samples", samples)
     check_count("batch_size", batch_size)
     check_count("window", window)
-    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or noise <= 0:
+    scale = as_number(noise)
+    if scale is None or not 0 < scale < math.inf:
         raise InputError(f"noise must be a number above 0, not {noise!r}")
     if not isinstance(model, (LanguageModel, DiffusionModel)):
         raise InputError(f"causal_tracing takes a LanguageModel or a DiffusionModel, not {type(model).__name__}")
     if not isinstance(prompt, str) or not isinstance(subject, str):
         raise InputError("prompt and subject must be strings: one prompt, and words of this prompt")
     check_options(causal_tracing, model, arguments)
-    noising = Noise(float(noise), samples, seed)
+    noising = Noise(float(scale), samples, as_seed(seed))
     if isinstance(model, LanguageModel):
         if metric is not None:
             raise InputError("metric is for pipelines: a language model is measured by the probability of `answer`")

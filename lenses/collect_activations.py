@@ -12,7 +12,7 @@ collect_activations(pipeline, prompts, layers="unet.mid_block", folder="values")
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from diffsight.lenses.collecting.point_activations import PointActivations
 from diffsight.lenses.collecting.shards import INDEX, load_shards, write_shards
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
+from diffsight.lenses.numbers import as_integer, as_seed, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.record import write_record
 from diffsight.lenses.results.saving import check_writable
@@ -45,7 +46,7 @@ from diffsight.pipelines.local_paths import find_path, shortened
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activations:
     """What the layers of a model returned at the chosen tokens of many prompts: `activations[4]` is layer 4.
 
@@ -76,9 +77,10 @@ class Activations:
 
         Raises InputError if there is no such prompt."""
         count = int(self.prompts.max()) + 1
-        if isinstance(prompt, bool) or not hasattr(prompt, "__index__") or not -count <= prompt < count:
+        number = as_integer(prompt)
+        if number is None or not -count <= number < count:
             raise InputError(f"there is no prompt {prompt!r}: there are {count} (0 to {count - 1})")
-        return self.values[:, self.prompts == prompt % count]
+        return self.values[:, self.prompts == number % count]
 
 
 @overload
@@ -163,7 +165,7 @@ def collect_activations(
         points = named_points(model, layers)
         chosen_positions = None if positions is ... else positions
         collection = ImageCollection(
-            model, points, chosen_positions, sample, steps, branch or "cond", dtype, seed or 0, inputs
+            model, points, chosen_positions, sample, steps, branch or "cond", dtype, as_seed(seed or 0), inputs
         )
         return _collect_images(collection, prompts, batch_size, folder, progress, branch)
     given = {"steps": steps, "branch": branch, "sample": sample, "seed": seed}
@@ -266,7 +268,9 @@ def _loaded(folder: Path, layers: int | str | Sequence[int | str] | None) -> Act
             raise InputError(f"the folder has no activations of {unknown!r}: it has {', '.join(record['points'])}")
         return load_shards(folder, record, points)
     known, count = tuple(record["layers"]), record["num_layers"]
-    wanted = known if layers is None else [layers] if isinstance(layers, int | str) else layers
+    layers = unpacked(layers)
+    is_one = isinstance(layers, str) or not isinstance(layers, Iterable)
+    wanted = known if layers is None else [layers] if is_one else layers
     chosen = tuple(known[find_layer(layer, known, count)] for layer in wanted)
     parts: dict[str, list[torch.Tensor]] = {}
     for file in record["files"]:

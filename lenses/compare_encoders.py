@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from math import prod
-from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +37,7 @@ from diffsight.lenses.encoders.checks import check_prompt
 from diffsight.lenses.encoders.own_states import OwnStates, read_alone, read_together
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
+from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
@@ -59,7 +59,7 @@ _MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # prompts in a batch, bytes of its hid
 _NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, characters of each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedPrompts:
     """All prompts, as one text encoder encodes them.
 
@@ -79,7 +79,7 @@ class EncodedPrompts:
     lens: tuple[DiffusionLensResult, ...] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncoderComparison(LensResult, Mapping):
     """The same prompts in several text encoders: `result[name]` has those of one, `list(result)` the names.
 
@@ -269,11 +269,12 @@ class EncoderComparison(LensResult, Mapping):
             if prompt not in self.prompts:
                 raise InputError(f"there is no prompt {prompt!r}{suggest(prompt, self.prompts)}")
             return self.prompts.index(prompt)
-        if not hasattr(prompt, "__index__") or isinstance(prompt, bool) or not 0 <= prompt < len(self.prompts):
+        number = as_integer(prompt)
+        if number is None or not 0 <= number < len(self.prompts):
             raise InputError(
                 f"there is no prompt {prompt!r}: choose from 0 to {len(self.prompts) - 1}, or pass the text of a prompt"
             )
-        return index(prompt)
+        return number
 
     def _title(self, prompt: int) -> str:
         return f"{prompt}: {self.prompts[prompt]}"
@@ -337,7 +338,8 @@ def compare_encoders(
             does not exist, or a tokenizer truncates a prompt.
     """
     named, prompts = _named(models), _checked_prompts(prompts)
-    if not hasattr(images, "__index__") or isinstance(images, bool) or not 0 <= images <= len(prompts):
+    drawn = as_integer(images)
+    if drawn is None or not 0 <= drawn <= len(prompts):
         raise InputError(f"images is the number of prompts to draw, from 0 to {len(prompts)}, not {images!r}")
     for prompt in prompts:
         check_prompt("compare_encoders", prompt)

@@ -57,7 +57,7 @@ _CELL = 128  # pixels of an image in a grid
 _COLUMNS = 7  # images in a row of the grid if there is only one word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncoderPatchingResult(LensResult):
     """Images by layer and word.
 

@@ -13,6 +13,7 @@ import torch
 from diffsight.lenses.demonstrations.few_shot_prompts import TEMPLATE, Pairs, answer_tokens, few_shot_prompts
 from diffsight.lenses.function_vectors import FunctionVector
 from diffsight.lenses.layers import choose_layer
+from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, Section, TableSection
@@ -24,7 +25,7 @@ from diffsight.lenses.visits.steered import check_vector
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FunctionVectorScores(LensResult):
     """The answers to questions without examples.
 
@@ -118,7 +119,7 @@ def evaluate_function_vector(
     direction = check_vector(vector.vector if found else vector)
     prompts = few_shot_prompts(pairs, 0, template=template)
     right, size = answer_tokens(model, prompts), check_count("batch_size", batch_size)
-    other = torch.randn(len(direction), generator=torch.Generator().manual_seed(seed))
+    other = torch.randn(len(direction), generator=torch.Generator().manual_seed(as_seed(seed)))
     other *= direction.norm().cpu() / other.norm()
     texts, spell = [prompt.text for prompt in prompts], Spelling(model)
 

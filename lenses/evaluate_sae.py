@@ -33,7 +33,7 @@ from diffsight.pipelines.shapes.scoring import score
 from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SAEEvaluation(LensResult):
     """The figures of an SAE. `save(folder)` writes `evaluation.json`.
 

@@ -36,7 +36,7 @@ from diffsight.pipelines.language.model import LanguageModel
 CHANGES = ("scale", "set", "add")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureEffect(LensResult):
     """Images or texts by the amount of a change.
 

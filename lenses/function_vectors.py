@@ -13,7 +13,7 @@ examples have shuffled answers. The vector is the sum of what the strongest head
 (Todd et al., "Function Vectors in Large Language Models", 2024, section 2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from diffsight.lenses.demonstrations.few_shot_prompts import (
     answer_tokens,
     few_shot_prompts,
 )
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_map
 from diffsight.lenses.results.figure import write_figure
@@ -45,7 +46,7 @@ from diffsight.pipelines.language.model import LanguageModel
 Head = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FunctionVector(LensResult):
     """A function vector, and the effect of every head.
 
@@ -159,9 +160,10 @@ def function_vector(
         raise InputError("function_vector needs examples: shots must be 2 or more")
     answers, batch_size = answer_tokens(model, made), check_count("batch_size", batch_size)
     means = head_means(model, made, batch_size)
-    chosen = None if isinstance(heads, int) else _check_heads(heads, means.outputs.shape[:2])
+    heads = unpacked(heads)
+    chosen = _check_heads(heads, means.outputs.shape[:2]) if isinstance(heads, Iterable) else None
     if chosen is None:
-        check_count("heads", heads, means.outputs.shape[0] * means.outputs.shape[1])
+        heads = check_count("heads", heads, means.outputs.shape[0] * means.outputs.shape[1])
     effects, baseline = head_effects(model, made, answers, means, batch_size, progress)
     mean = effects.mean(-1)
     chosen = chosen or strongest_heads(mean, heads)
@@ -312,11 +314,12 @@ def _of_answers(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 def _check_heads(heads: Sequence[Head], shape: Sequence[int]) -> tuple[Head, ...]:
     found = []
     for head in heads:
-        if not isinstance(head, (tuple, list)) or len(head) != 2 or not all(isinstance(number, int) for number in head):
+        numbers = [as_integer(number) for number in unpacked(head)] if isinstance(head, Collection) else []
+        if len(numbers) != 2 or None in numbers:
             raise InputError(f"a head is a layer and a number, such as (12, 3), not {head!r}")
-        if not all(-size <= number < size for number, size in zip(head, shape)):
-            raise InputError(f"there is no head {tuple(head)}: the model has {shape[0]} layers of {shape[1]} heads")
-        found.append((head[0] % shape[0], head[1] % shape[1]))
+        if not all(-size <= number < size for number, size in zip(numbers, shape)):
+            raise InputError(f"there is no head {tuple(numbers)}: the model has {shape[0]} layers of {shape[1]} heads")
+        found.append((numbers[0] % shape[0], numbers[1] % shape[1]))
     if not found:
         raise InputError("no heads are chosen")
     return tuple(dict.fromkeys(found))

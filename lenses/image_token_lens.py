@@ -38,7 +38,7 @@ from diffsight.pipelines.vision_language.model import VisionLanguageModel
 _MAPS = 6  # layers that `maps` shows by default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageTokenPredictions(LensResult):
     """Predictions at the tokens of an image.
 

@@ -29,6 +29,7 @@ from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.denoising.clean_prediction import prediction_type
 from diffsight.lenses.denoising.image_encoding import check_can_encode, check_image, encode_image
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
+from diffsight.lenses.numbers import as_integer, as_number
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, step_curves
 from diffsight.lenses.results.figure import write_figure
@@ -41,7 +42,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inversion(LensResult):
     """The noise of an image, and what the pipeline draws from it.
 
@@ -91,11 +92,11 @@ class Inversion(LensResult):
     def psnr_by_region(self, rows: int = 2, columns: int = 2) -> list[list[float]]:
         """Return the peak signal-to-noise ratio of each part of the image in dB, divided into rows and columns."""
         errors = _errors(self.image, self.reconstruction)
-        sides = zip((rows, columns), errors.shape)
-        if any(not isinstance(count, int) or not 1 <= count <= side for count, side in sides):
+        counts = [as_integer(rows) or 0, as_integer(columns) or 0]
+        if any(not 1 <= count <= side for count, side in zip(counts, errors.shape)):
             raise InputError(f"an image cannot be divided into {rows} x {columns} regions")
-        bands = np.array_split(errors, rows)
-        return [[_psnr(part.mean()) for part in np.array_split(band, columns, axis=1)] for band in bands]
+        bands = np.array_split(errors, counts[0])
+        return [[_psnr(part.mean()) for part in np.array_split(band, counts[1], axis=1)] for band in bands]
 
     def draw_to_image(self, run: DiffusionRun) -> None:
         """Pull the path of a run towards the image, with the strength `eta`. An edit for `model.edit`."""
@@ -277,10 +278,12 @@ def _check(model: DiffusionModel, arguments: Mapping[str, Any], fixed_point: Any
         )
     prediction_type(pipeline.scheduler)
     check_can_encode(pipeline)
-    if not isinstance(fixed_point, int) or isinstance(fixed_point, bool) or fixed_point < 0:
+    iterations = as_integer(fixed_point)
+    if iterations is None or iterations < 0:
         raise InputError(f"fixed_point is a number of iterations, 0 or more, not {fixed_point!r}")
     for option, value in {"gamma": gamma, "eta": eta}.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        number = as_number(value)
+        if number is None or not 0 <= number <= 1:
             raise InputError(f"{option} must be from 0 to 1, not {value!r}")
         if value and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             raise InputError(f"{option} is for rectified flows: omit it with {type(pipeline.scheduler).__name__}")

@@ -33,6 +33,7 @@ from diffsight.lenses.encoders.checks import check_call, check_pooled
 from diffsight.lenses.encoders.drawing import BatchMismatchError, for_each_row
 from diffsight.lenses.encoders.layer_drawing import LayerReading, draw_layers, read_layers
 from diffsight.lenses.layers import Layer, layer_title, state_of
+from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.options import check_kind, check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Curve, curve_panels
@@ -55,7 +56,7 @@ _OPTIONS = ("encoder", "layers", "isolate", "norm", "pooled")  # options of the 
 _ROWS = 48
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerFidelity(LensResult):
     """What the reader sees in the images of each layer.
 
@@ -284,8 +285,9 @@ def _share(asked: Scene, seen: Scene | None) -> float:
 
 
 def _scenes(scenes: Any) -> Sequence[Scene]:
-    if hasattr(scenes, "__index__") and not isinstance(scenes, bool) and scenes > 0:
-        return sample_prompts(int(scenes))
+    count = as_integer(scenes)
+    if count is not None and count > 0:
+        return sample_prompts(count)
     if not isinstance(scenes, Iterable) or isinstance(scenes, str):
         raise InputError(f"scenes must be a number of prompts, 1 or more, or a list of Scenes, not {scenes!r}")
     scenes = tuple(scenes)

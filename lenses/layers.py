@@ -10,10 +10,10 @@ A lens accepts an integer, "embedding", a slice, or a list that mixes them. Resu
 """
 
 from collections.abc import Iterable, Sequence
-from operator import index
 from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_integer, as_slice, unpacked
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
 Layers = int | str | slice | Iterable[int | str | slice] | None
@@ -36,7 +36,7 @@ def choose_layers(
     Raises:
         InputError: A layer does not exist or has no effect, or no layer is chosen.
     """
-    used = count if used is None else used
+    used, layers = count if used is None else used, unpacked(layers)
     if layers is None:
         items: list[Any] = [EMBEDDING, slice(None)] if with_embedding else [slice(None)]
     elif isinstance(layers, str | slice) or not isinstance(layers, Iterable):
@@ -63,10 +63,11 @@ def choose_layer(layer: Any, count: int, used: int | None = None, with_embedding
     used = count if used is None else used
     if isinstance(layer, str) and layer == EMBEDDING and with_embedding:
         return EMBEDDING
-    if not _is_integer(layer) or not -count <= layer < count:
+    number = as_integer(layer)
+    if number is None or not -count <= number < count:
         hint = ". To choose all layers, omit the argument" if layer == "all" else ""
         raise InputError(f"there is no layer {layer!r}: {_known(used, with_embedding)}{hint}")
-    number = index(layer) % count
+    number %= count
     if number >= used:
         why = "since the pipeline does not use its output"
         raise InputError(f"layer {layer} has no effect, {why}: {_known(used, with_embedding)}")
@@ -84,10 +85,12 @@ def find_layer(layer: Any, layers: Sequence[Layer], count: int) -> int:
     Raises:
         InputError: The result does not have this layer.
     """
-    number = index(layer) + count if _is_integer(layer) and layer < 0 else layer
-    if number not in layers or isinstance(number, bool):
+    number = as_integer(layer)
+    name = number + count if number is not None and number < 0 else number
+    name = layer if isinstance(layer, str) else name
+    if name not in layers:
         raise InputError(f"the result does not have layer {layer!r}: it has {', '.join(map(str, layers))}")
-    return layers.index(number)
+    return layers.index(name)
 
 
 def in_model_order(layers: Iterable[Layer]) -> tuple[Layer, ...]:
@@ -118,14 +121,12 @@ def layer_file(layer: Layer) -> str:
 def _sliced(layers: slice, count: int, used: int, with_embedding: bool) -> list[int]:
     if layers.step == 0:
         raise InputError("the step of a slice of layers cannot be 0: write 1 or more")
+    if as_slice(layers) is None:
+        raise InputError(f"a slice of layers goes from one integer to another, unlike {layers!r}")
     beyond = [bound for bound in (layers.start, layers.stop) if bound is not None and bound > used]
     if beyond:
         raise InputError(f"the slice goes past the last layer, up to {beyond[-1]}: {_known(used, with_embedding)}")
     return [layer for layer in range(count)[layers] if layer < used]
-
-
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _known(used: int, with_embedding: bool) -> str:

@@ -76,7 +76,7 @@ def repeat_prompt(
     return TargetPrompt(separator.join([*(f"{word}{between}{word}" for word in words), placeholder]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PatchscopeTexts(LensResult):
     """What the model generated. `print` shows it by prompt and layer; `save(folder)` writes `lens.json`.
 

@@ -43,7 +43,7 @@ _CELL = 128  # pixels of an image in a grid
 _COLUMNS = 7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptSwap(LensResult):
     """Images and a metric by window of cross-attention layers.
 

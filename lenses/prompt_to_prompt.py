@@ -30,6 +30,7 @@ from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt
 from diffsight.lenses.encoders.drawing import for_each_row
+from diffsight.lenses.numbers import as_integer, as_number
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -48,7 +49,7 @@ _LARGEST_SELF = 32 * 32  # image positions: in larger maps self-attention is lef
 _MASK = 0.3  # as a share of the largest value of a map
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptToPromptResult(LensResult):
     """The image of a prompt, and its edit.
 
@@ -147,7 +148,8 @@ def prompt_to_prompt(
     check_prompt("prompt_to_prompt", target)
     check_types(prompt_to_prompt, reweight=reweight, local=local)
     for name, share in (("cross_steps", cross_steps), ("self_steps", self_steps)):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        number = as_number(share)
+        if number is None or not 0 <= number <= 1:
             raise InputError(f"{name} is a share of the steps, from 0 to 1, not {share!r}")
     model.check(prompt=[source, target], seed=[seed, seed], **arguments)
     edit = _Edit(model, source, target, reweight or {}, [local] if isinstance(local, str) else local or [], arguments)
@@ -318,7 +320,7 @@ def _product(row: Any, attention: Attention) -> Any:
 def _steps(model: DiffusionModel, arguments: Mapping[str, Any]) -> int:
     """Return the number of denoising steps of a call."""
     default = inspect.signature(model.pipeline.__call__).parameters.get("num_inference_steps")
-    steps = arguments.get("num_inference_steps", None if default is None else default.default)
-    if not isinstance(steps, int) or steps < 1:
+    steps = as_integer(arguments.get("num_inference_steps", None if default is None else default.default))
+    if steps is None or steps < 1:
         raise InputError("pass num_inference_steps: cross_steps and self_steps are shares of this number")
     return steps

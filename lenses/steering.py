@@ -24,6 +24,7 @@ import torch
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.layers import Layers
+from diffsight.lenses.numbers import as_number
 from diffsight.lenses.steering_vector import SteeringVectors
 from diffsight.lenses.visits.steered import Positions, find_steering
 from diffsight.lenses.visits.visiting import visiting
@@ -49,6 +50,9 @@ def steer(
         steer(model, [10, 11], direction, mode="remove")
         steer(pipeline, "unet.mid_block", direction, factor=20, steps=slice(0, 10))
         steer(pipeline, vector=vectors, factor=10, keep_norm=True)              # at the points of the vectors
+
+    A generation that ends before one of the steps issues a warning. A run without guidance cannot be steered in its
+    unconditional branch, which is an error.
 
     A copy can be steered again. `cheerful.clear_edits()` removes every edit and attached module from it.
 
@@ -76,7 +80,8 @@ def steer(
             argument is not valid.
         PointNotFoundError: A path does not exist.
     """
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+    number = as_number(factor)
+    if number is None or not math.isfinite(number):
         raise InputError(f"factor is a finite number, not {factor!r}")
-    steering = find_steering(model, layers, vector, factor, positions, mode, steps, keep_norm)
-    return visiting(model, steering.points, steering.change, branch)
+    steering = find_steering(model, layers, vector, number, positions, mode, steps, keep_norm)
+    return visiting(model, steering.points, steering.change, branch, steering.step_check())

@@ -20,6 +20,7 @@ from diffsight.lenses.denoising.call_checks import Steps, check_one_image
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layers
+from diffsight.lenses.numbers import as_number, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -38,7 +39,7 @@ _CELL = 128  # pixels of an image in a grid
 _LONGEST = 60  # characters of a prompt in the title of a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeringSweep(LensResult):
     """Images or texts by prompt and factor.
 
@@ -157,8 +158,9 @@ def steering_sweep(
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InputError("prompts must be a prompt, or a list of prompts")
-    wanted = tuple(factors) if isinstance(factors, Sequence) and not isinstance(factors, str) else ()
-    if not wanted or not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in wanted):
+    given = unpacked(factors)
+    wanted = tuple(map(as_number, given)) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if not wanted or None in wanted:
         raise InputError(f"factors must be numbers, such as [0, 5, 10], not {factors!r}")
     run = _checked(model, texts, batch_size, seed, arguments)
     size = batch_size or len(wanted)
@@ -170,7 +172,8 @@ def steering_sweep(
             for start in range(0, len(wanted), size):
                 some = torch.tensor(wanted[start : start + size], dtype=torch.float)
                 part = find_steering(model, layers, vector, some, positions, mode, steps, keep_norm)
-                found[-1] += run(visiting(model, part.points, part.change, branch), text, len(some), seed, arguments)
+                steered = visiting(model, part.points, part.change, branch, part.step_check())
+                found[-1] += run(steered, text, len(some), seed, arguments)
                 bar.update(len(some))
     rows = tuple(map(tuple, found))
     is_text = isinstance(model, LanguageModel)

@@ -48,7 +48,7 @@ METHODS = ("mean", "pca", "probe")
 _TENSORS = "vectors.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeringVectors(LensResult, Mapping):
     """Vectors by layer or path: `vectors[15]`, (features,), or for a point in a denoiser (steps, features).
 

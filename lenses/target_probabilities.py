@@ -112,7 +112,7 @@ class Prompt:
         return {token: of for token, of in names.items() if len(of) > 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TargetProbabilities(LensResult, Mapping):
     """The probabilities of the targets by name: `result["right"]`, (prompts,), or with a lens (prompts, layers).
 

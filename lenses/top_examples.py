@@ -39,7 +39,7 @@ from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """A prompt in which a feature is strong.
 
@@ -79,7 +79,7 @@ class Example:
         return f"{self.strength:.2f}  {' '.join(marked)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopExamples(LensResult):
     """The strongest examples of features.
 

@@ -24,6 +24,7 @@ from diffsight.lenses.features.activation_stream import (
 from diffsight.lenses.features.autoencoder import SAE, check_sizes
 from diffsight.lenses.features.sae_checks import check_model
 from diffsight.lenses.features.sae_trainer import CHECKPOINT, SAESettings, SAETrainer
+from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.record import write_record
@@ -87,14 +88,15 @@ def train_sae(
             training.
         PointNotFoundError: The point does not exist.
     """
-    check_types(train_sae, point=point, settings=settings, folder=folder, seed=seed)
+    check_types(train_sae, point=point, settings=settings, folder=folder)
+    seed = as_seed(seed)
     check_sizes(features, kind, k, of)
     check_count("buffer", buffer)
     check_count("prompts_per_run", prompts_per_run)
     settings, processes = settings or SAESettings(), Processes()
     if settings.batch_size % processes.count:
         raise InputError(f"batch_size must be a multiple of {processes.count}, the number of processes")
-    facts = {"seed": int(seed), "data": len(data) if hasattr(data, "__len__") else None, "processes": processes.count}
+    facts = {"seed": seed, "data": len(data) if hasattr(data, "__len__") else None, "processes": processes.count}
     data, arguments = _part_of(processes, data, arguments)
     refill = _refill(model, point, data, of, steps, prompts_per_run, arguments)
     folder = None if folder is None else check_writable(folder)

@@ -43,7 +43,7 @@ _COLUMNS = ("noisy", "prediction", *_BRANCHES, *_GUIDANCE)
 _GIF_MILLISECONDS = 150
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrajectoryLensResult(LensResult):
     """Images and latents by step.
 

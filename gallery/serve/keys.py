@@ -8,6 +8,7 @@ optionally a number of runs. A key of this length does not need a slower hash.
 
 import hmac
 import secrets
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def add_key(file: str | Path, name: str, runs: int = _DEFAULT_RUNS) -> str:
     """Add a new key to a file, which is created if necessary, and return the key.
 
     Raises:
-        InputError: The name is already in the file, or is not valid.
+        InputError: The name is already in the file, or is not valid, or the file cannot be written.
     """
     path = Path(file)
     known = _read(path) if path.exists() else []
@@ -81,10 +82,16 @@ def add_key(file: str | Path, name: str, runs: int = _DEFAULT_RUNS) -> str:
         raise InputError(f"a key allows 1 run or more at once, not {runs}")
     key = _PREFIX + secrets.token_urlsafe(32)
     lines = [*(f"{one.name} {one.digest} {one.runs}" for one in known), f"{name} {hash_of(key)} {runs}"]
-    new = path.with_name(f"{path.name}.new")
-    new.touch(mode=0o600)
-    new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    new.replace(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            new = Path(beside) / path.name
+            new.touch(mode=0o600)
+            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            new.replace(path)
+    except OSError as error:
+        if not path.parent.exists():
+            raise InputError(f"the folder {path.parent} does not exist: create it, or choose another file") from None
+        raise InputError(f"the file of keys {path} cannot be written: {error.strerror}") from None
     return key
 
 
@@ -92,7 +99,8 @@ def _read(path: Path) -> list[Key]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the file of keys {path} cannot be read: {error}. `diffsight key` makes one") from None
+        hint = "" if path.exists() else ". `diffsight key` makes one"
+        raise InputError(f"the file of keys {path} cannot be read: {error}{hint}") from None
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from operator import index
 from typing import Any
 
 from diffsight.errors import InputError, suggest
@@ -10,7 +9,7 @@ from diffsight.lenses.attention.map_memory import check_memory
 from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, count_steps
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.layers import Layers, choose_layers
-from diffsight.pipelines.argument_types import fits
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.pipelines.diffusion.attention import Attention, Attentions
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
@@ -72,11 +71,12 @@ def picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> li
 
 def checked_heads(heads: Iterable[int], count: int | None) -> list[int]:
     """Return heads as a list, each once. `count` is the number of heads, if it is known."""
-    picked = list(dict.fromkeys(heads))
-    for head in picked:
-        if not fits(head, int) or head < 0 or (count is not None and head >= count):
+    given = list(unpacked(heads))
+    picked = list(map(as_integer, given))
+    for head, number in zip(given, picked):
+        if number is None or number < 0 or (count is not None and number >= count):
             known = "" if count is None else f". The modules have {count} heads, 0 to {count - 1}"
             raise InputError(f"heads: there is no head {head!r}{known}")
     if not picked:
         raise InputError("heads: the selection is empty")
-    return [index(head) for head in picked]
+    return list(dict.fromkeys(picked))

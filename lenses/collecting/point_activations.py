@@ -10,7 +10,7 @@ from diffsight.errors import UnknownKeyError, suggest
 ORIGINS = ("prompts", "steps", "positions", "branches")  # the columns of `origins`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PointActivations(Mapping):
     """The vectors at points of a pipeline: `activations["unet.mid_block"]`, (vectors, features).
 
@@ -25,6 +25,8 @@ class PointActivations(Mapping):
     model: str
     vectors: Mapping[str, torch.Tensor] = field(repr=False)
     origins: Mapping[str, torch.Tensor] = field(repr=False)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # mappings of tensors cannot be compared
 
     def __getitem__(self, point: str) -> torch.Tensor:
         if point not in self.vectors:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_integer, as_seed
 from diffsight.pipelines.language.model import LanguageModel
 
 Pairs = Sequence[tuple[str, str]]
@@ -55,11 +56,12 @@ def few_shot_prompts(
     pairs = check_pairs(pairs)
     if template.count("{}") != 2:
         raise InputError(f"a template must contain {{}} twice, for the question and the answer, unlike {template!r}")
-    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0 or shots == 1:
+    examples = as_integer(shots)
+    if examples is None or examples < 0 or examples == 1:
         raise InputError(f"shots must be 2 or more, so that answers can be shuffled, or 0 for none, not {shots!r}")
     if shots >= len(pairs):
         raise InputError(f"{shots} examples and a question need {shots + 1} pairs, but there are {len(pairs)}")
-    chosen, prompts = random.Random(seed), []
+    chosen, prompts = random.Random(as_seed(seed)), []
     for number in range(len(pairs) if count is None else count):
         asked = pairs[number % len(pairs)]
         shown = chosen.sample([pair for pair in pairs if pair != asked], shots)

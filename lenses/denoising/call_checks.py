@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import SchedulerMixin
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_integer, as_slice, unpacked
 from diffsight.lenses.options import check_kind, check_options
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.diffusion.components import components
@@ -30,9 +31,9 @@ def check_one_image(
     check_options(lens, model, arguments)
     if prompt is not None and not isinstance(prompt, str):
         raise InputError(f"{name} takes one prompt, a string, not {type(prompt).__name__}")
-    if not _is_integer(seed):
+    if as_integer(seed) is None:
         raise InputError(f"{name} takes one seed, an integer, not {seed!r}")
-    if batch_size is not None and (not _is_integer(batch_size) or batch_size < 1):
+    if batch_size is not None and (as_integer(batch_size) or 0) < 1:
         raise InputError(f"batch_size must be 1 or more, or None for all in one call, not {batch_size!r}")
     if arguments.get("output_type", "pil") != "pil":
         raise InputError(f"{name} needs PIL images: omit output_type")
@@ -49,13 +50,13 @@ def check_one_image(
 
 def check_steps(steps: Steps) -> list[int | slice]:
     """Return the items that the user passed as steps, before the number of steps is known."""
-    items = [slice(None)] if steps is None else [steps] if isinstance(steps, slice) or _is_integer(steps) else steps
-    if not isinstance(items, Iterable) or isinstance(items, str):
-        raise InputError(f"steps are integers or slices, not {steps!r}")
-    for item in items:
-        if not isinstance(item, slice) and not _is_integer(item):
-            raise InputError(f"steps are integers or slices, not {item!r}")
-    return list(items)
+    items = slice(None) if steps is None else unpacked(steps)
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        items = [items]
+    found = [_checked(item) for item in items]
+    if not found:
+        raise InputError("no steps are chosen: pass some, or omit steps")
+    return found
 
 
 def check_steps_ahead(steps: Steps, model: DiffusionModel, arguments: Mapping[str, Any]) -> None:
@@ -70,8 +71,8 @@ def count_steps(model: DiffusionModel, arguments: Mapping[str, Any]) -> int | No
     """Return the number of scheduler steps in a run with these arguments, or None if they do not determine it."""
     pipeline = model.pipeline
     given = {**call_defaults(pipeline), **arguments}
-    asked, scheduler = given.get("num_inference_steps"), getattr(pipeline, "scheduler", None)
-    if not _is_integer(asked) or scheduler is None or any(given.get(name) is not None for name in _OTHER_STEPS):
+    asked, scheduler = as_integer(given.get("num_inference_steps")), getattr(pipeline, "scheduler", None)
+    if asked is None or scheduler is None or any(given.get(name) is not None for name in _OTHER_STEPS):
         return None
     scheduler = copy.deepcopy(scheduler)
     shift = {"mu": 0.0} if "mu" in inspect.signature(scheduler.set_timesteps).parameters else {}
@@ -102,5 +103,8 @@ def choose_steps(steps: Steps, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+def _checked(step: Any) -> int | slice:
+    found = as_slice(step) if isinstance(step, slice) else as_integer(step)
+    if found is None:
+        raise InputError(f"steps are integers or slices, not {step!r}")
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import choose_steps
+from diffsight.lenses.numbers import as_integer, as_slice, unpacked
 
 Windows = str | int | slice | Iterable[int | slice | range] | None
 
@@ -22,12 +23,14 @@ def check_windows(steps: Windows) -> list[Any] | str | None:
     """
     if steps is None or (isinstance(steps, str) and steps in ("each", "all")):
         return steps
+    steps = unpacked(steps)
     items = [steps] if isinstance(steps, (int, slice, range)) else steps
     if isinstance(items, str) or not isinstance(items, Iterable):
         raise InputError(f'steps are "all", "each", or a list of integers, slices and ranges, not {steps!r}')
     items = list(items)
     for item in items:
-        if isinstance(item, bool) or not (isinstance(item, (slice, range)) or hasattr(item, "__index__")):
+        found = item if isinstance(item, range) else as_slice(item) if isinstance(item, slice) else as_integer(item)
+        if found is None:
             raise InputError(f"a window of steps is an integer, a slice or a range, not {item!r}")
     if not items:
         raise InputError('no steps are chosen: pass some, "each" or "all"')

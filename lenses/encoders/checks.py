@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.options import check_kind
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
@@ -20,9 +21,9 @@ def check_call(
     """Check the arguments that all of these lenses have."""
     check_diffusion_model(lens, model)
     check_prompt(lens, prompt)
-    if not hasattr(seed, "__index__") or isinstance(seed, bool):
+    if as_integer(seed) is None:
         raise InputError(f"{lens} takes one seed for all images, an integer, not {seed!r}{_SEVERAL}")
-    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+    if batch_size is not None and (as_integer(batch_size) or 0) < 1:
         raise InputError(f"batch_size must be 1 or more rows, or None for all rows in one call, not {batch_size!r}")
     if arguments.get("output_type", "pil") != "pil":
         raise InputError(f"{lens} needs PIL images: omit output_type")

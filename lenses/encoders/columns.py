@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.pipelines.words import PromptWords
 
 WordOrTokens = str | int | range
@@ -105,10 +106,10 @@ def _tokens(prompt: PromptWords, item: WordOrTokens) -> range:
 
 
 def _listed(name: str, items: Any) -> list[WordOrTokens]:
+    items = unpacked(items)
     listed = list(items) if isinstance(items, (list, tuple)) else [items]
     for item in listed:
-        is_number = hasattr(item, "__index__") and not isinstance(item, bool)
-        if not (isinstance(item, (str, range)) or is_number):
+        if not isinstance(item, (str, range)) and as_integer(item) is None:
             raise InputError(f"{name} must be words, token numbers or ranges of token numbers, not {item!r}")
     if not listed:
         raise InputError(f"{name} is empty: pass at least one")

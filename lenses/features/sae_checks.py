@@ -5,6 +5,7 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.features.autoencoder import SAE
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -27,10 +28,12 @@ def point_of(sae: SAE, point: str | None) -> str:
 
 def check_features(sae: SAE, features: int | Sequence[int]) -> tuple[int, ...]:
     """Return features as a tuple."""
-    chosen = tuple(features) if isinstance(features, Sequence) else (features,)
-    for feature in chosen:
-        if not hasattr(feature, "__index__") or isinstance(feature, bool) or not 0 <= feature < sae.count:
+    features = unpacked(features)
+    given = tuple(features) if isinstance(features, Sequence) else (features,)
+    chosen = tuple(map(as_integer, given))
+    for feature, number in zip(given, chosen):
+        if number is None or not 0 <= number < sae.count:
             raise InputError(f"there is no feature {feature!r}: the SAE has {sae.count}, 0 to {sae.count - 1}")
     if not chosen:
         raise InputError("no features are chosen")
-    return tuple(int(feature) for feature in chosen)
+    return chosen

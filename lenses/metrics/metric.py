@@ -20,7 +20,7 @@ from diffsight.errors import InputError
 LAST_LOGITS, LOGITS, IMAGES, LATENTS = "last logits", "logits", "images", "latents"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What a model returned for some rows.
 

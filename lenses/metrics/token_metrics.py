@@ -15,6 +15,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.metrics.metric import LAST_LOGITS, LOGITS, Metric, Outcome
+from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
 
 Token = str | int
@@ -102,6 +103,7 @@ def kl_divergence(position: int = -1) -> TokenMetric:
 
 
 def _checked(position: Any) -> int:
-    if isinstance(position, bool) or not hasattr(position, "__index__"):
+    number = as_integer(position)
+    if number is None:
         raise InputError(f"position is the number of a token, -1 for the last, not {position!r}")
-    return int(position)
+    return number

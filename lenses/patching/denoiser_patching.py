@@ -35,7 +35,7 @@ def patch_pair(
     return SweptPair(changes, values, source, target), rows.passes
 
 
-def _patch(model: DiffusionModel, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:
+def _patch(model: DiffusionModel, _: Any, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:
     """Put the leading row's value into a row."""
     site = change.site
     patched = site.read(row, call).clone()

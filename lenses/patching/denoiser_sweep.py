@@ -95,7 +95,7 @@ class PlainRun:
         return len(self.denoisers)
 
 
-Apply = Callable[[Sequence[Any], Any, Change, int], None]
+Apply = Callable[[Any, Sequence[Any], Any, Change, int], None]
 
 
 class DenoiserRows:
@@ -175,7 +175,8 @@ class DenoiserRows:
         Args:
             plain: The run without a change.
             changes: The changes.
-            apply: Makes a change in a run: it gets the leading rows, the row, the change and the number of the call.
+            apply: Makes a change in a run: it gets the run (or its branch), the leading rows, the row, the change and
+                the number of the call.
         """
         leading, count = len(self._prompts) - 1, len(changes)
         start = 0 if plain.denoised is None or self._changes_early(plain, changes) else _first_step(changes)
@@ -184,14 +185,14 @@ class DenoiserRows:
             latents: list[torch.Tensor] = []
             follow_latents(run, lambda value: latents.__setitem__(slice(None), [value]))
             rows = [self.branch_of(row) for row in run.rows]
-            self._apply(plain.early, enumerate(changes, leading), rows, apply)
+            self._apply(plain.early, enumerate(changes, leading), run, rows, apply)
             for step in run.steps:
                 if step.index < start:
                     for number, output in enumerate(plain.denoised[step.index]):
                         run[step.component].calls[number].skip(_spread(output, leading, count))
                     continue
                 active = [(row, one) for row, one in enumerate(changes, leading) if step.index in one.steps]
-                self._apply(plain.calls, active, rows, apply)
+                self._apply(plain.calls, active, run, rows, apply)
             outcome = self._outcome(run, latents)
         self.passes += 1
         return outcome.part(slice(leading, None))
@@ -245,6 +246,7 @@ class DenoiserRows:
         self,
         calls: Sequence[Passage],
         changes: Iterable[tuple[int, Change]],
+        run: DiffusionRun,
         rows: Sequence[Any],
         apply: Apply,
     ) -> None:
@@ -255,7 +257,7 @@ class DenoiserRows:
         leading = rows[: len(self._prompts) - 1]
         for passage in calls:
             for row, change in at.get(passage.point, ()):
-                apply(leading, rows[row], change, passage.call)
+                apply(self.branch_of(run), leading, rows[row], change, passage.call)
 
     def _outcome(self, run: DiffusionRun, latents: Sequence[torch.Tensor]) -> Outcome:
         """Run the pipeline to its end; return its outcome."""

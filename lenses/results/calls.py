@@ -26,7 +26,7 @@ _NOT_RECORDED = ("progress",)  # does not affect the result
 _WIDTH = 110  # characters of a line of code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """The call that made a result.
 

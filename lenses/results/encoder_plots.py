@@ -65,7 +65,7 @@ def _draw_curve(axes: Axes, layers: Sequence[Layer], curve: Curve, name: str, co
     return handle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Map:
     """Values, (rows, columns), the first row at the bottom, and the names of rows and columns. `marks` are the columns
     to mark, one for each row."""

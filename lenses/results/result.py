@@ -66,16 +66,20 @@ _OTHER_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LensResult:
     """The result of a lens. Subclasses define `record` and, if they have them, `sections`, `files` and `preview`.
+
+    A result equals only itself: the tensors in two results cannot be compared with `==`.
 
     Attributes:
         call: The call that made the result.
     """
 
     record_file: ClassVar[str] = "lens.json"
-    call: Call | None = field(default=None, kw_only=True, repr=False, compare=False)
+    call: Call | None = field(default=None, kw_only=True, repr=False)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # of a subclass that is a mapping, too
 
     # ---- defined by each result
 

@@ -58,7 +58,7 @@ class CurveSection:
     label: str = "probability"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeatMapSection:
     """A heat map of values, (rows, columns)."""
 
@@ -70,7 +70,7 @@ class HeatMapSection:
     axes: tuple[str, str] = ("layer", "layer")  # titles of rows and columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OverlaySection:
     """Maps by name, (rows, columns) each, on an image, and the words of their cells if there are any."""
 

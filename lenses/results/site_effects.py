@@ -38,7 +38,7 @@ class TopSite(NamedTuple):
     effect: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SiteEffects(LensResult):
     """A number for each site and column, where a column is a position, a region or a window of steps.
 

@@ -26,7 +26,7 @@ from diffsight.lenses.results.sections import OverlaySection, Section, distinct
 from diffsight.pipelines.argument_types import fits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionMaps(LensResult):
     """Where in an image words are attended to.
 

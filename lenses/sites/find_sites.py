@@ -15,6 +15,7 @@ from typing import Any
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order, layer_place
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -74,8 +75,8 @@ def for_each_head(
     Raises:
         InputError: A head does not exist.
     """
-    heads = heads.tolist() if hasattr(heads, "tolist") else heads  # an array or a tensor
-    chosen = None if heads is None else [heads] if hasattr(heads, "__index__") else list(heads)
+    heads = unpacked(heads)
+    chosen = None if heads is None else list(heads) if isinstance(heads, Iterable) else [heads]
     if chosen is not None and not counts:
         raise InputError("none of the sites has heads: omit `heads`")
     found = []
@@ -85,9 +86,10 @@ def for_each_head(
             continue
         count = counts[site.point]
         for head in range(count) if chosen is None else chosen:
-            if isinstance(head, bool) or not hasattr(head, "__index__") or not -count <= head < count:
+            number = as_integer(head)
+            if number is None or not -count <= number < count:
                 raise InputError(f"there is no head {head!r} at {site.point}, which has {count} (0 to {count - 1})")
-            found.append(replace(site, head=int(head) % count))
+            found.append(replace(site, head=number % count))
     return list(dict.fromkeys(found))
 
 

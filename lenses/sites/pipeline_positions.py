@@ -17,9 +17,10 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.pairing import words_read
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.sites.position_pairs import ALIGN, pair_positions
 from diffsight.lenses.sites.prompt_tokens import PromptTokens
-from diffsight.lenses.sites.regions import NAMED, Box, choose_regions, region_index
+from diffsight.lenses.sites.regions import NAMED, Box, choose_regions, is_box, region_index
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.diffusion.attention import find_attentions
 from diffsight.pipelines.diffusion.components import text_encoder_names
@@ -108,6 +109,7 @@ class PipelinePositions:
     def __init__(
         self, model: DiffusionModel, sites: Sequence[Site], positions: Any, align: str, arguments: Mapping[str, Any]
     ) -> None:
+        positions = unpacked(positions)
         self._model, self._sites, self._positions = model, sites, positions
         self._align, self._arguments = align, dict(arguments)
         self.are_words = _are_words(positions)
@@ -173,14 +175,10 @@ def _are_words(positions: Any) -> bool:
     """Return whether positions are words or tokens of the prompt rather than regions of the image."""
     if positions is None or isinstance(positions, Mapping) or positions in ("all", *NAMED):
         return False
-    if isinstance(positions, (str, int, range)):
+    if isinstance(positions, (str, range)) or as_integer(positions) is not None:
         return True
-    items = [positions] if _is_box(positions) else list(positions) if isinstance(positions, Iterable) else []
-    return bool(items) and not any(_is_box(item) or (isinstance(item, str) and item in NAMED) for item in items)
-
-
-def _is_box(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 4 and all(isinstance(side, (int, float)) for side in item)
+    items = [positions] if is_box(positions) else list(positions) if isinstance(positions, Iterable) else []
+    return bool(items) and not any(is_box(item) or (isinstance(item, str) and item in NAMED) for item in items)
 
 
 def _check_words(model: DiffusionModel, sites: Sequence[Site], positions: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.columns import Column
+from diffsight.lenses.numbers import unpacked
 from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.pipelines.words import PromptWords
 
@@ -40,8 +41,7 @@ def pair_positions(
     """
     if align not in ALIGN:
         raise InputError(f"align must be one of {', '.join(map(repr, ALIGN))}, not {align!r}")
-    positions = positions.tolist() if hasattr(positions, "tolist") else positions  # an array or a tensor
-    columns = list(_columns(source, target, positions))
+    columns = list(_columns(source, target, unpacked(positions)))
     for column in columns:
         if align == "each" and len(column.source) != len(column.target):
             raise InputError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.words import PromptWords, align_words
@@ -51,13 +52,14 @@ class PromptTokens:
             if not position or position.step != 1 or position.start < 0 or position.stop > len(self):
                 raise InputError(f"there are no tokens {position!r}: {self._shown()}")
             return position
-        if isinstance(position, bool) or not hasattr(position, "__index__"):
+        number = as_integer(position)
+        if number is None:
             raise InputError(
                 f"a position is a word, the number of a token, a range of numbers, or a pair of these, not {position!r}"
             )
-        if not -len(self) <= position < len(self):
+        if not -len(self) <= number < len(self):
             raise InputError(f"there is no token {position!r}: {self._shown()}")
-        place = int(position) % len(self)
+        place = number % len(self)
         return range(place, place + 1)
 
     def with_words(self) -> PromptWords:

@@ -6,12 +6,13 @@
 A box is (left, top, right, bottom), as shares of width and height: (0, 0) is the upper left corner.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_number
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
@@ -36,12 +37,13 @@ def choose_regions(positions: Any) -> dict[str, Box | None]:
     """
     if positions is None or (isinstance(positions, str) and positions == "all"):
         return {"everywhere": None}
-    if isinstance(positions, Mapping):
-        return {str(name): _checked(box) for name, box in positions.items()}
-    single = isinstance(positions, str) or (isinstance(positions, tuple) and not isinstance(positions[0], (str, tuple)))
-    listed = [positions] if single else list(positions)
+    is_one = isinstance(positions, str) or not isinstance(positions, Iterable)
+    is_one |= isinstance(positions, tuple) and not isinstance(next(iter(positions), ""), (str, tuple))
+    listed = [positions] if is_one else list(positions)
     if not listed:
         raise InputError(f"no regions are chosen: pass boxes, or some of {', '.join(NAMED)}")
+    if isinstance(positions, Mapping):
+        return {str(name): _checked(box) for name, box in positions.items()}
     found = {}
     for item in listed:
         box = NAMED.get(item) if isinstance(item, str) else item
@@ -94,9 +96,13 @@ def _inside(rows: int, columns: int, box: Box, site: Site) -> tuple[slice, slice
     return spans[0], spans[1]
 
 
+def is_box(item: Any) -> bool:
+    """Return whether something has the form of a box, four numbers."""
+    return isinstance(item, tuple) and len(item) == 4 and None not in map(as_number, item)
+
+
 def _checked(box: Any) -> Box:
-    numbers = isinstance(box, tuple) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)
-    if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+    if not is_box(box) or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise InputError(
             f"a region is a box (left, top, right, bottom) in shares of width and height from 0 to 1, not {box!r}"
         )

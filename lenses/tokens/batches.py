@@ -9,12 +9,12 @@ All prompts and positions are checked before the first batch runs.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 import torch
 
 from diffsight.errors import InputError
+from diffsight.lenses.numbers import as_integer, as_slice, unpacked
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 from diffsight.pipelines.vision_language.model import VisionLanguageRun
@@ -24,7 +24,7 @@ IMAGE = "image"  # the positions of image tokens
 _BY_PROMPT = ("images", "decoder_input_ids")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some of the prompts: a run over them that has not started, and the chosen positions of their tokens.
 
@@ -165,17 +165,16 @@ def _of_batch(name: str, value: Any, start: int, size: int, count: int) -> Any:
 
 def _positions_of_each(positions: Positions, count: int) -> list[Any]:
     """Return the positions of each of `count` prompts, as the user wrote them."""
-    if isinstance(positions, torch.Tensor):
-        positions = positions.tolist()
+    positions = unpacked(positions)
     if not isinstance(positions, Iterable) or isinstance(positions, str):
         return [positions] * count
-    positions = list(positions)
+    positions = list(map(unpacked, positions))
     if not positions:
         raise InputError("no positions are chosen: pass some, or None for all")
-    if all(isinstance(place, (list, tuple, torch.Tensor, range)) for place in positions):
+    if all(isinstance(place, (list, tuple, range)) for place in positions):
         if len(positions) != count:
             raise InputError(f"positions were passed for {len(positions)} prompts, but there are {count}")
-        return [place.tolist() if isinstance(place, torch.Tensor) else list(place) for place in positions]
+        return list(map(list, positions))
     return [positions] * count
 
 
@@ -207,17 +206,20 @@ def _of_images(run: LanguageRun, row: int, real: torch.Tensor, start: int) -> li
 
 def _own_positions(positions: Any, length: int, prompt: int) -> list[int]:
     """Return the chosen positions in a prompt of `length` tokens, counted from 0."""
+    if isinstance(positions, slice) and as_slice(positions) is None:
+        raise InputError(f"a slice of positions goes from one integer to another, unlike {positions!r}")
     if positions is None or isinstance(positions, slice):
         found = list(range(length)[positions or slice(None)])
     else:
         several = isinstance(positions, Iterable) and not isinstance(positions, str)
         found = list(positions) if several else [positions]
-    for place in found:
-        if isinstance(place, bool) or not hasattr(place, "__index__") or not -length <= place < length:
+    numbers = list(map(as_integer, found))
+    for place, number in zip(found, numbers):
+        if number is None or not -length <= number < length:
             raise InputError(
                 f"there is no position {place!r} in prompt {prompt}: it has {length} token{'s' * (length != 1)} "
                 f"(0 to {length - 1})"
             )
     if not found:
         raise InputError(f"no positions are chosen in prompt {prompt}, which has {length} tokens")
-    return [index(place) % length for place in found]
+    return [number % length for number in numbers]

@@ -1,13 +1,13 @@
 """The layers and tokens that lenses on language models read, as the user chooses them."""
 
 from collections.abc import Iterable
-from operator import index
 from typing import Any
 
 import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.options import check_kind
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
@@ -66,18 +66,20 @@ def choose_tokens(model: LanguageModel, tokens: Tokens) -> tuple[int, ...]:
     Raises:
         InputError: A token does not exist, a string is not one token, or no token is chosen.
     """
+    tokens = unpacked(tokens)
     chosen = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else list(tokens)
     if not chosen:
         raise InputError("no tokens are chosen: pass some, or omit `tokens`")
     known = model.vocabulary_size
+    ids = []
     for token in chosen:
-        if isinstance(token, str):
-            continue
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
+        number = model.token_id(token) if isinstance(token, str) else as_integer(token)
+        if number is None:
             raise InputError(f"a token must be a string such as ' Paris', or an id, not {token!r}")
-        if token < 0 or (known is not None and token >= known):
+        if number < 0 or (known is not None and number >= known):
             raise InputError(f"there is no token {token}: the model knows 0 to {(known or 1) - 1}")
-    return tuple(model.token_id(token) if isinstance(token, str) else index(token) for token in chosen)
+        ids.append(number)
+    return tuple(ids)
 
 
 def check_count(name: str, value: Any, most: int | None = None) -> int:
@@ -86,7 +88,8 @@ def check_count(name: str, value: Any, most: int | None = None) -> int:
     Raises:
         InputError: `value` is not such an integer.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1 or (most and value > most):
+    number = as_integer(value)
+    if number is None or number < 1 or (most and number > most):
         wanted = f"an integer from 1 to {most}" if most else "a positive integer"
         raise InputError(f"{name} must be {wanted}, not {value!r}")
-    return index(value)
+    return number

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer
+from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.marked_text import marked
 from diffsight.lenses.results.result import LensResult
@@ -25,7 +26,7 @@ from diffsight.lenses.results.sections import Cell, CurveSection, Section, Table
 from diffsight.lenses.results.token_plots import curves, table, visible
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LensPredictions(LensResult):
     """Next-token predictions by prompt, layer and position.
 
@@ -82,11 +83,12 @@ class LensPredictions(LensResult):
 
     def __getitem__(self, prompt: int) -> "LensPredictions":
         """Return the predictions of one prompt."""
-        if isinstance(prompt, bool) or not hasattr(prompt, "__index__"):
+        number = as_integer(prompt)
+        if number is None:
             raise InputError(f"a result is indexed by the number of a prompt, such as result[0], not {prompt!r}")
-        if not -len(self) <= prompt < len(self):
+        if not -len(self) <= number < len(self):
             raise IndexError(f"there is no prompt {prompt}: the number of prompts is {len(self)}")
-        i, length = prompt % len(self), len(self.inputs[prompt])
+        i, length = number % len(self), len(self.inputs[number])
         cut = {
             name: value[i : i + 1, :, :length]
             for name in ("ids", "probabilities", "token_probabilities", "logits")

@@ -28,7 +28,7 @@ def seen_image(image: Any, pixels: torch.Tensor | None) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SeenImage:
     """The image of a prompt.
 

@@ -12,7 +12,7 @@ from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sources:
     """Prompts, the chosen positions in them, (prompts, positions), and the tokens at these positions as text."""
 

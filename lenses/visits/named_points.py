@@ -16,6 +16,7 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, layer_place
+from diffsight.lenses.numbers import unpacked
 from diffsight.pipelines.language.model import LanguageModel
 
 PointName = Layer | str
@@ -57,6 +58,7 @@ def named_points(model: Any, layers: Layers) -> tuple[NamedPoint, ...]:
         InputError: A layer does not exist, or the model has no numbered layers.
         PointNotFoundError: A path does not exist, or a pattern matches nothing.
     """
+    layers = unpacked(layers)
     is_one = layers is None or isinstance(layers, (str, slice)) or not isinstance(layers, Iterable)
     found: dict[PointName, NamedPoint] = {}
     for item in [layers] if is_one else layers:

@@ -1,16 +1,18 @@
 """How a steered model changes a value: what is added or removed, where, and in which steps."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, users_frame
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import Layers
+from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.tokens.batches import batch_of
 from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_points
 from diffsight.lenses.visits.visited_steps import VisitedSteps
@@ -56,6 +58,21 @@ class Steering:
             return None
         where = self._where(visit)
         return None if where is None else torch.where(where, self._moved(visit), visit.value)
+
+    def step_check(self) -> Callable[[int], None]:
+        """Return a function that takes the number of steps of a run of a language model, and warns of chosen steps that
+        the run did not have, at the line of the user's code that is being executed now."""
+        frame, _ = users_frame()
+        return partial(self._warn_of_steps, frame.f_code.co_filename, frame.f_lineno)
+
+    def _warn_of_steps(self, file: str, line: int, count: int) -> None:
+        items = [] if self.steps is None else check_steps(self.steps)
+        missed = [str(item) for item in items if not any(is_among(step, [item]) for step in range(count))]
+        if missed:
+            which = ", ".join(missed if len(missed) < 4 else [*missed[:2], "…", missed[-1]])
+            ran = f"{count} steps, 0 to {count - 1}" if count > 1 else "1 step, 0"
+            message = f"nothing was steered in step{'s' * (len(missed) > 1)} {which}: the run had {ran}"
+            warnings.warn_explicit(message, RuntimeWarning, file, line)
 
     def _moved(self, visit: Visit) -> torch.Tensor:
         value, vector = visit.value, self._vector(visit)
@@ -195,7 +212,7 @@ def _bounds(item: int | slice) -> tuple[int | None, ...]:
 
 
 def _check_positions(model: Any, positions: Positions) -> None:
-    if positions is None or isinstance(positions, int):
+    if positions is None:
         return
     if isinstance(positions, torch.Tensor) and positions.ndim == 2:
         if not isinstance(model, DiffusionModel):
@@ -203,18 +220,32 @@ def _check_positions(model: Any, positions: Positions) -> None:
         if positions.dtype != torch.bool:
             raise InputError(f"a mask over the image must be of torch.bool, not {positions.dtype}")
         return
-    if isinstance(positions, (str, slice)) or not all(hasattr(place, "__index__") for place in positions):
-        raise InputError(f"positions are integers, or a mask (rows, columns) of torch.bool, not {positions!r}")
+    check_positions(positions, ", or a mask (rows, columns) of torch.bool")
+
+
+def check_positions(positions: Any, others: str = "") -> list[int]:
+    """Return the positions that the user passed as a list. `others` says what else may be passed.
+
+    Raises:
+        InputError: They are not integers, or there are none.
+    """
+    places = unpacked(positions)
+    places = list(places) if isinstance(places, Iterable) and not isinstance(places, str) else [places]
+    found = list(map(as_integer, places))
+    if None in found:
+        raise InputError(f"positions are integers{others}, not {positions!r}")
+    if not found:
+        raise InputError("no positions are chosen: pass some, or omit positions")
+    return found
 
 
 def is_among(index: int, steps: Steps) -> bool:
     """Return whether a generated token is chosen, while the number of tokens is unknown."""
-    items = [steps] if isinstance(steps, (int, slice)) else list(steps or [])
     return any(
         index in range(item.start or 0, index + 1 if item.stop is None else item.stop, item.step or 1)
         if isinstance(item, slice)
         else item == index
-        for item in items
+        for item in check_steps(steps)
     )
 
 
@@ -254,7 +285,7 @@ def _resized(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 def where_in_sequence(visit: Visit, positions: Positions) -> torch.Tensor:
     """Return which positions of a value are chosen, (positions, 1), or (rows, columns, 1) in a feature map."""
-    places = [positions] if isinstance(positions, int) else [int(place) for place in positions]
+    places = check_positions(positions)
     shape = visit.value.shape[1:-1]
     count = shape.numel()
     for place in places:

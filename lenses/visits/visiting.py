@@ -28,7 +28,7 @@ Wrapper = TypeVar("Wrapper")
 BRANCHES = ("cond", "uncond", "both")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Visit:
     """A value as the model passes a point.
 
@@ -52,6 +52,7 @@ def visiting(
     points: Sequence[NamedPoint],
     function: Callable[[Visit], torch.Tensor | None],
     branch: str | None = None,
+    ended: Callable[[int], None] | None = None,
 ) -> Wrapper:
     """Return a copy of the model that calls `function` each time it passes one of the points.
 
@@ -61,13 +62,17 @@ def visiting(
         function: Takes the visit. If it returns a tensor, (batch, ..., features), the model continues with that.
         branch: "cond", "uncond" or "both" branches of guidance. None means the conditional branch where there are
             branches: in the denoisers and text encoders of a pipeline that takes a prompt or a guidance scale.
+        ended: Called with the number of steps at the end of each run of a language model.
 
     Raises:
-        InputError: There are no branches at a point.
+        InputError: There are no branches at a point. A run of the copy raises it if guidance is off, so that there is
+            no unconditional branch.
     """
     visitors = [
         _visitor(point, function, _branch_at(model, point, branch), is_in_steps(model, point)) for point in points
     ]
+    if ended is not None and isinstance(model, LanguageModel):
+        visitors.append(lambda run: ended(sum(1 for _ in run.steps)))
     copy = model.edit(visitors[0])
     for visitor in visitors[1:]:
         copy.edit(visitor, inplace=True)
@@ -114,14 +119,18 @@ def _visitor(
     path = f"{point.path}.{'input' if point.is_input else 'output'}"
 
     def visit(run: Any) -> None:
+        was_there = False
         module = (run if branch == "both" else getattr(run, branch))[point.path]
         for step in run.steps if steps else [None]:
             for number in count():
                 call = module.calls[number]
                 try:
                     whole = call.input if point.is_input else call.output
-                except OutOfOrderError:  # the step has ended
+                except OutOfOrderError as error:  # the step has ended
+                    if branch == "uncond" and not was_there:
+                        raise InputError(str(error)) from None
                     break
+                was_there = True
                 value = tensor_of(whole, path, point.item)
                 is_map = value.ndim >= 4
                 new = function(Visit(point, channels_last(value), run, step, number))

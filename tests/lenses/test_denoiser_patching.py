@@ -121,6 +121,52 @@ def test_modes_equal_a_loop_with_hooks(small, mode):
     assert float(result.effect) == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["stable_diffusion_3", "flux", "pixart_sigma"])
+def test_skipped_blocks_equal_a_loop_with_hooks(kind):
+    """A row for each block. In FLUX, the inputs of blocks hold rotary embeddings that all rows share."""
+    model = DiffusionModel(diffusion.PIPELINES[kind].build())
+    pipe, arguments = model.pipeline, arguments_of(diffusion.PIPELINES[kind])
+    pipe.set_progress_bar_config(disable=True)
+    lists = [name for name in dict(pipe.transformer.named_children()) if name.endswith("transformer_blocks")]
+    blocks = [
+        (f"transformer.{name}[{i}]", one) for name in lists for i, one in enumerate(getattr(pipe.transformer, name))
+    ]
+    result = block_ablation(model, CLEAN, METRIC, sites=[path for path, _ in blocks], **QUIET, **arguments)
+    clean = latents(pipe, CLEAN, arguments)
+    for (_, block), value in zip(blocks, result.values.flatten().tolist()):
+
+        def give(_, args, kwargs, output):
+            hidden = [*args, *kwargs.values()][0]
+            return (kwargs["encoder_hidden_states"], hidden) if isinstance(output, tuple) else hidden
+
+        handle = block.register_forward_hook(give, with_kwargs=True)
+        expected = distance(latents(pipe, CLEAN, arguments), clean)
+        handle.remove()
+        assert value == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+def test_a_skipped_block_may_be_inside_another(small):
+    model, _, arguments = small
+    sites = ["unet.mid_block", "unet.mid_block.attentions[0]"]
+    both = block_ablation(model, CLEAN, METRIC, sites=sites, **QUIET, **arguments)
+    alone = [block_ablation(model, CLEAN, METRIC, sites=site, **QUIET, **arguments) for site in sites]
+    assert torch.allclose(both.values, torch.cat([one.values for one in alone], 1), atol=1e-4)
+
+
+def test_a_skipped_module_returns_its_first_input():
+    """The rotary embeddings of LTX have the shape of the hidden states."""
+    model = DiffusionModel(diffusion.PIPELINES["ltx"].build())
+    arguments = arguments_of(diffusion.PIPELINES["ltx"])
+    block = "transformer.transformer_blocks[0]"
+    result = block_ablation(model, CLEAN, METRIC, sites=block, **QUIET, **arguments)
+    module, pipe = model.pipeline.transformer.transformer_blocks[0], model.pipeline
+    clean = latents(pipe, CLEAN, arguments)
+    handle = module.register_forward_hook(lambda _, args, kwargs, __: kwargs["hidden_states"], with_kwargs=True)
+    expected = distance(latents(pipe, CLEAN, arguments), clean)
+    handle.remove()
+    assert float(result.values) == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
 def test_a_branch_and_a_region(small, branch):
     """The left half of a cross-attention's output, in one branch: half of the batch, columns 0 and 1 of each row."""

@@ -1,6 +1,8 @@
 """Options of lenses that are mistyped, of a wrong type or out of range: each is an error before the model runs."""
 
+import numpy as np
 import pytest
+import torch
 
 from diffsight import lenses
 from helpers import not_called, refusal
@@ -81,3 +83,23 @@ def test_a_lens_of_features(model, sae, call, told):
 @pytest.mark.parametrize(("name", "value"), [("updates", 0), ("batch_size", "x"), ("learning_rate", -1.0)])
 def test_the_settings_of_a_training(name, value):
     assert name in refusal(lenses.SAESettings, **{name: value})
+
+
+FEW = {"num_inference_steps": 2, "progress": False}
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, kind: lenses.diffusion_lens(m, PROMPT, layers=[kind(0)], batch_size=kind(2), **FEW).images[0],
+        lambda m, kind: lenses.trajectory_lens(m, PROMPT, steps=kind(1), batch_size=kind(2), **FEW).grid(),
+        lambda m, kind: lenses.block_ablation(m, PROMPT, sites="unet.mid_block", steps=kind(0), **FEW).effect,
+        lambda m, kind: lenses.collect_activations(m, [PROMPT], layers="unet.mid_block", steps=[kind(1)], **FEW)[
+            "unet.mid_block"
+        ],
+        lambda m, kind: lenses.attention_maps(m, PROMPT, heads=[kind(1)], num_inference_steps=1)["circle"],
+    ],
+)
+def test_numbers_of_any_kind(model, call, kind):
+    assert np.array_equal(*(np.asarray(call(model, one)) for one in (kind, int)))

@@ -1,5 +1,6 @@
 """Steering a model in everything it does, compared with a plain hook."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -194,3 +195,60 @@ def test_generated_tokens_are_chosen(model, steps, changed):
 def test_generated_tokens_are_not_counted_from_the_end(model):
     with pytest.raises(InputError, match="steps cannot be negative"):
         steer(model, 0, VECTOR, steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"factor": np.int64(2)}, {"factor": 2}),
+        ({"factor": np.float32(0.5)}, {"factor": 0.5}),
+        ({"factor": torch.tensor(2.0)}, {"factor": 2.0}),
+        ({"layers": torch.arange(2)}, {"layers": [0, 1]}),
+        ({"layers": np.int64(1)}, {"layers": 1}),
+        ({"positions": np.arange(2)}, {"positions": [0, 1]}),
+        ({"positions": torch.tensor(-1)}, {"positions": -1}),
+        ({"steps": np.arange(1)}, {"steps": 0}),
+        ({"steps": slice(np.int64(0), np.int64(1))}, {"steps": 0}),
+    ],
+)
+def test_numbers_of_any_kind(model, given, plain):
+    ours, expected = (
+        steer(model, **{"layers": 1, "vector": VECTOR, **one}).trace(PROMPTS[0]).result.logits for one in (given, plain)
+    )
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"factor": True}, "factor is a finite number, not True"),
+        ({"factor": torch.ones(2)}, "factor is a finite number"),
+        ({"factor": 1j}, "factor is a finite number, not 1j"),
+        ({"layers": torch.ones(2)}, "there is no layer 1.0"),
+        ({"positions": 1.5}, "not 1.5"),
+        ({"positions": []}, "no positions are chosen"),
+        ({"steps": np.ones(2)}, "steps are integers or slices, not 1.0"),
+        ({"steps": []}, "no steps are chosen"),
+        ({"steps": slice(0, 2, 0)}, "steps are integers or slices"),
+    ],
+)
+def test_other_values_are_refused(model, given, said):
+    assert said in refusal(steer, model, **{"layers": 1, "vector": VECTOR, **given})
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [([0, 9], "step 9: the run had 2 steps, 0 to 1"), (slice(5, 9), "step slice"), (range(6), "steps 2, 3, …, 5")],
+)
+def test_a_warning_of_steps_that_a_generation_did_not_have(model, steps, said):
+    steered = steer(model, [0, 1], VECTOR, steps=steps)
+    with pytest.warns(RuntimeWarning) as told:
+        steered.generate(PROMPTS[0], max_new_tokens=2).result
+    assert len(told) == 1 and f"nothing was steered in {said}" in str(told[0].message)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("steps", [None, 1, slice(1, None), slice(0, 9)])
+def test_no_warning_of_steps_that_a_generation_had(model, steps, recwarn):
+    steer(model, 1, VECTOR, steps=steps).generate(PROMPTS[0], max_new_tokens=2).result
+    assert not [one for one in recwarn if "steered" in str(one.message)]

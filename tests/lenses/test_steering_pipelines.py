@@ -242,6 +242,13 @@ def test_a_block_that_returns_text_and_image_needs_to_be_told_which():
         steered.generate(**small.inputs(), seed=SEED).result
 
 
+@pytest.mark.parametrize("path", [MID, "text_encoder.layers[0]"])
+def test_a_run_without_guidance_has_no_unconditional_branch(model, path):
+    steered = steer(model, path, vector(32), branch="uncond")
+    with pytest.raises(InputError, match="there is no unconditional branch at that point: guidance is off"):
+        steered.generate("a circle", seed=SEED, guidance_scale=1.0, num_inference_steps=2).result
+
+
 def test_an_unconditional_pipeline_has_one_branch():
     kind, direction = diffusion.PIPELINES["ddpm"], vector(32)
     pipe = kind.build()

@@ -380,6 +380,11 @@ def test_a_file_of_keys_that_is_wrong(tmp_path):
     add_key(tmp_path / "others.txt", "bob", 2)
     with pytest.raises(InputError, match="'bob' already"):
         add_key(tmp_path / "others.txt", "bob")
+    with pytest.raises(InputError, match=f"the folder {tmp_path / 'none'} does not exist"):
+        add_key(tmp_path / "none" / "keys.txt", "bob")
+    with pytest.raises(InputError, match=r"keys.txt cannot be written: Not a directory"):
+        add_key(tmp_path / "others.txt" / "keys.txt", "bob")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["keys.txt", "others.txt"]
 
 
 def test_no_server():
