@@ -342,9 +342,10 @@ class Envoy(Points):
 
     @property
     def __class__(self) -> type:
-        """The class of the module, so that `isinstance(run.layers[0], nn.Linear)` is true if it is of a Linear."""
-        target = self.__dict__.get("_target")
-        return type(target.owner) if target and isinstance(target.owner, nn.Module) else type(self)
+        """In a run, the class of the module, so that `isinstance(run.layers[0], nn.Linear)` is true of a Linear."""
+        own = self.__dict__
+        is_of_module = "_part" in own and isinstance(own["_target"].owner, nn.Module)  # it is set last
+        return type(own["_target"].owner) if is_of_module and self._is_in_run() else type(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and not isinstance(value, Points) and name not in VALUES:

@@ -82,8 +82,8 @@ run, use `ChangedMethod(owner, name, change)`. The owner of a special method suc
 **Envoys.** An attribute of an envoy may be a part of the model, so use functions to ask about the envoy itself:
 `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
 `narrowed(points, selection)`, `fetch(points, part)`, `assign(points, part, value)`, and `run_meant_by(points, what)`
-for the run whose values `model.<path>` returns. The `__class__` of an envoy is that of its module; `set_class(envoy,
-cls)` sets its own.
+for the run whose values `model.<path>` returns. In a run, the `__class__` of an envoy is that of its module;
+`set_class(envoy, cls)` sets its own.
 
 **Modules.** `unwrapped(module)`, `wrapped_path(module)`, `wrapped_targets(target)` and `children_in(target)` see
 through modules that wrap another, such as those of `torch.compile`. `structural_copy(module)` returns a copy without

@@ -22,12 +22,13 @@ from diffsight.engine.run_to_point import Flow
 from diffsight.engine.scan import ScanFlow, is_scanning, scanning
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import with_gradients
+from diffsight.engine.wrapped_modules import unwrapped
 from diffsight.envoy import Envoy, owner_of
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.recorded_values import find_points
 from diffsight.run import Run
 
-_LIST = r"(<class ')?(typing\.|collections\.abc\.)?([lL]ist|Sequence|Iterable)\b"  # the annotation of a list
+_LIST = r"(^|['[|,]\s*)(\w+\.)*([lL]ist|Sequence|Iterable|Collection)\b"  # in the annotation of a list
 
 
 class Model(Envoy):
@@ -76,11 +77,11 @@ class Model(Envoy):
             grad: Whether to enable gradients. Otherwise the model runs in the grad mode in which the run is opened.
             **kwargs: Keyword arguments of the module.
         """
-        _check_grad(self._owner.forward, grad)
+        _check_grad(unwrapped(self._owner).forward, grad)
         again = None if args else partial(self.trace, grad=grad, **kwargs)
         if not args and not kwargs and _requires_input(self._owner):
             return self._new_run(_no_input, again=again)
-        args, sizes = _batch(self._owner.forward, args, kwargs)
+        args, sizes = _batch(unwrapped(self._owner).forward, args, kwargs)
         return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again, grad)
 
     def generate(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
@@ -103,7 +104,7 @@ class Model(Envoy):
             model.check(prompt, seed=seed, **arguments)     # raises what model.generate would raise
 
         Raises InputError if they cannot be used."""
-        _batch(self._owner.forward, args, kwargs)
+        _batch(unwrapped(self._owner).forward, args, kwargs)
 
     def find_points(self, pattern: str) -> list[str]:
         """Return the paths of the points that a path or a pattern names, in the order of the tree.
@@ -250,9 +251,9 @@ def _batch(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     """Return the arguments of a function, with a list of tensors joined into one unless the function takes a list, and
     the number of batch entries of each input."""
     first = args[0] if args else next(iter(kwargs.values()), None)
-    if args and isinstance(first, list) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
+    if args and isinstance(first, list) and first and all(map(_has_rows, first)):
         parameter = next((p for p in _parameters(function) if p.kind is not p.VAR_POSITIONAL), None)
-        if parameter is not None and re.match(_LIST, str(parameter.annotation)):
+        if parameter is not None and re.search(_LIST, str(parameter.annotation)):
             return args, []
         try:
             return (torch.cat(first), *args[1:]), [len(x) for x in first]
@@ -263,12 +264,16 @@ def _batch(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
                 f"the inputs do not form a batch: their shapes are {shapes}. If the module itself takes a list, pass "
                 f"it by name{by_name}"
             ) from error
-    return args, [1] * first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else []
+    return args, [1] * first.shape[0] if _has_rows(first) else []
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and not value.is_nested
 
 
 def _check_grad(function: Callable, grad: bool) -> None:
     """Raise InputError if `grad=True` may be meant for the function, which has an argument of that name."""
-    names = [parameter.name for parameter in _parameters(function)] if grad else []
+    names = [] if grad is False else [parameter.name for parameter in _parameters(function)]
     if "grad" in names:
         raise InputError(
             "grad= enables gradients in the run, but the module has an argument of that name too. Pass that by "

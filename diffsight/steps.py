@@ -90,16 +90,17 @@ class Steps:
             raise OutOfOrderError(
                 f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
             )
-        entered = False
+        entered = -1  # the last step that this loop has entered
         try:
             while last is None or max(flow.scope.step + 1, first) < last:
                 has_ended_before = flow.outcome is not None or flow.clock.is_over
                 if not flow.next_step():
                     has_ended = flow.outcome is None or flow.has_result
                     if has_ended and current_edit() is None:
-                        if has_ended_before and (flow.clock.index > flow.scope.step or flow.scope.step < 0):
-                            self._warn_of_early_end()
-                        elif chosen != slice(None) and not entered:
+                        missed = flow.clock.index > flow.scope.step or flow.scope.step < 0
+                        if has_ended_before and (missed or 0 <= entered < flow.scope.step):
+                            self._warn_of_early_end(entered)
+                        elif chosen != slice(None) and entered < 0:
                             self._warn_of_missed(first)
                     if flow.has_result and not has_ended_before:
                         flow.clock.check_counted(flow.tree.title)
@@ -108,7 +109,7 @@ class Steps:
                 if index < first:
                     self._check_exists(first)
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
-                    entered = True
+                    entered = index
                     target, args, kwargs = flow.clock.call
                     yield self._make_step(index, target.path, (args, kwargs))
         finally:
@@ -119,8 +120,8 @@ class Steps:
         if count is not None and first >= count:
             raise InputError(f"run.steps[{first}:] has no steps: the run has {count}, 0 to {count - 1}")
 
-    def _warn_of_early_end(self) -> None:
-        count = self._flow.scope.step + 1
+    def _warn_of_early_end(self, entered: int) -> None:
+        count = entered + 1
         message = (
             f"the loop over run.steps ended after {count} step{'s' * (count != 1)}, because something else, such as "
             "run.result or another loop over the steps, had run the model past the rest: ask for that after the loop"

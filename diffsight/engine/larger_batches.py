@@ -24,7 +24,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.hooks import has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
-from diffsight.engine.random_generators import GivenGenerators, generators_of, held_by, kept_generators, states_of
+from diffsight.engine.random_generators import (
+    GivenGenerators,
+    generators_of,
+    held_by,
+    kept_generators,
+    states_of,
+    states_of_other_libraries,
+)
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.torch_state import TorchState, call_in
 from diffsight.engine.trial_mode import TrialMode, without_dropout
@@ -115,11 +122,11 @@ def try_larger_batches(component: nn.Module, call: Call, total: int) -> Growth:
         for change in ways:
             growth = Growth()
             try:
-                with kept_generators(generators):
-                    shapes = [
-                        call_in(state, None, partial(_call, component, call, total, more, with_weights, change, growth))
-                        for more in (1, 2)
-                    ]
+                shapes = []
+                for more in (1, 2):
+                    with kept_generators(generators):  # so that both draw the same numbers
+                        trial = partial(_call, component, call, total, more, with_weights, change, growth)
+                        shapes.append(call_in(state, None, trial))
             except Exception as error:  # of any kind: then the dimensions cannot be determined
                 why = why or f"the model fails with a larger batch ({type(error).__name__}: {_in_a_line(error)})"
                 continue
@@ -192,12 +199,16 @@ def _call(
     if not larger.has_grown:
         growth.why_unknown = f"no tensor that the model is called with has a first dimension of {total}"
     generators = generators_of(copied.modules())
-    before = states_of(generators)
+    before, others = states_of(generators), states_of_other_libraries(generators)
     with without_global_hooks(), GivenGenerators() as given, TrialMode(component, copied, total, more) as trial:
         copied(*args, **kwargs)
     growth.is_of_values |= trial.reads_values
-    if trial.moves_rows and (given.restorers or states_of(generators) != before):
+    if trial.moves_rows and (trial.draws_numbers or states_of_other_libraries(generators) != others):
         growth.why_unknown = "it may put the batch in another order at random"
+    has_drawn = bool(given.restorers) or states_of(generators) != before
+    if has_drawn and not (trial.moves_rows or trial.cuts_rows):  # then copies may differ in random numbers alone
+        for shapes in chain.from_iterable(calls for parts in seen.values() for calls in parts.values()):
+            shapes[:] = [shape and tuple(shape) for shape in shapes]
     return seen
 
 

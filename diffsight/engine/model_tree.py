@@ -155,12 +155,13 @@ class Tree:
         return {name for module in modules for inner in module.modules() for name, _ in inner._modules.items()}
 
     def child_of(self, target: Target, name: str) -> Target | None:
-        """Return the child, method or standard name called `name` in a part; None if there is none. In a list, "-1" is
-        the last child."""
+        """Return the child, method or standard name called `name` in a part; None if there is none. In a list, a number
+        such as "-1" is a name as well."""
         children, owner = self.children_of(target), target.owner
         child = children.get(name)
         if child is None and isinstance(owner, (nn.ModuleList, nn.Sequential)) and name.removeprefix("-").isdecimal():
-            child = dict(zip(map(str, range(-len(children), 0)), children.values())).get(name)
+            numbers = map(str, range(-len(children), len(children)))
+            child = dict(zip(numbers, [*children.values()] * 2)).get(name)
         if child is not None:
             return child
         if name in self.methods_of(owner):

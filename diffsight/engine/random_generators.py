@@ -41,7 +41,15 @@ def generators_of(modules: Iterable[nn.Module]) -> list[Any]:
 
 def states_of(generators: Iterable[Any]) -> list[Any]:
     """Return the states of some generators, and of PyTorch's global ones, for comparing them."""
-    states = [*random_state(), *map(_state_of, generators)]
+    return _comparable([*random_state(), *map(_state_of, generators)])
+
+
+def states_of_other_libraries(generators: Iterable[Any]) -> list[Any]:
+    """Return the states of those generators that are not of PyTorch, for comparing them."""
+    return _comparable([_state_of(one) for one in generators if not isinstance(one, torch.Generator)])
+
+
+def _comparable(states: list[Any]) -> list[Any]:
     return tree_map(lambda value: value.tolist() if hasattr(value, "tolist") else value, states)  # arrays and tensors
 
 

@@ -3,7 +3,7 @@
     with TrialMode(component, copied, total=3, more=1) as trial:
         copied(*args, **kwargs)
     trial.reads_values                      # whether shapes may depend on the values of tensors
-    trial.moves_rows                        # whether entries of the batch may have changed places
+    trial.moves_rows, trial.cuts_rows       # whether entries of the batch may have changed places
 
 In the mode, the copy draws the same random numbers for the entries that were added as for those that they repeat.
 """
@@ -36,7 +36,16 @@ _MOVING = {
     "topk": (2, -1),
 }
 # Functions that do so in the same way in every call, or that take a tensor apart or put its parts together.
-_CUTTING = {"flip": (1, None), "roll": (2, 0), "chunk": (2, 0), "split": (2, 0), "tensor_split": (2, 0), "cat": (1, 0)}
+_CUTTING = {
+    "flip": (1, None),
+    "flipud": (1, 0),
+    "roll": (2, 0),
+    "chunk": (2, 0),
+    "split": (2, 0),
+    "tensor_split": (2, 0),
+}
+_JOINING = {"cat": (1, 0), "concat": (1, 0), "concatenate": (1, 0), "vstack": (1, 0), "stack": (1, 0)}
+_CHOOSING_NUMBERS = {"randperm", "randint", "randint_like", "multinomial", "random_"}  # perhaps those of entries
 
 
 class NeedsValues(Exception):
@@ -46,7 +55,7 @@ class NeedsValues(Exception):
 def without_dropout(model: nn.Module) -> nn.Module:
     """Switch off the dropout within those modules of a model that PyTorch computes as a whole; return the model."""
     for module in model.modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and isinstance(module.dropout, float):
             module.dropout = 0.0
     return model
 
@@ -64,16 +73,18 @@ class TrialMode(TorchFunctionMode):
         self._shared = {_memory_of(parameter) for parameter in copied.parameters() if id(parameter) in own}
         self._total, self._size = total, total + more
         self._ranges: list[torch.Tensor] = []  # made by `arange`: as indices, they leave everything in its place
-        self.reads_values = self.moves_rows = False
+        self.reads_values = self.moves_rows = self.cuts_rows = self.draws_numbers = False
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
         if self._shared and self._trains(name, args, kwargs):
             raise RuntimeError("it trains weights that are too large to be copied")
-        moves = self._moves_rows(name, args, kwargs)
-        if (moves or self._cuts_rows(name, args, kwargs)) and _is_meta(args):
+        moves, cuts = self._moves_rows(name, args, kwargs), self._cuts_rows(name, args, kwargs)
+        if (moves or cuts) and _is_meta((args, kwargs)):
             raise NeedsValues("it may put the batch in another order")
         self.moves_rows |= moves
+        self.cuts_rows |= cuts
+        self.draws_numbers |= name in _CHOOSING_NUMBERS
         self.reads_values |= moves or _reads_values(name, args, kwargs)
         if name in _DROPPING:
             return args[0] if args else kwargs["input"]
@@ -82,7 +93,7 @@ class TrialMode(TorchFunctionMode):
         elif name == _ATTENTION:
             kwargs = kwargs | {"dropout_p": 0.0}
         result = function(*args, **kwargs)
-        if name == "arange":
+        if name == "arange" and len(args) == 1 and "step" not in kwargs:
             self._ranges.append(result)
         elif name in _DRAWING and self._is_batch(result) and not result.is_meta:
             result[self._total :] = torch.stack([result[self._total - 1], result[0]])[: self._size - self._total]
@@ -93,25 +104,31 @@ class TrialMode(TorchFunctionMode):
 
     def _moves_rows(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function may put the entries of the batch in another order."""
-        if not args or not self._is_batch(args[0]):
+        value = args[0] if args else kwargs.get("input")
+        if not self._is_batch(value):
             return False
         if name in ("__getitem__", "__setitem__"):
             first = args[1][0] if type(args[1]) is tuple and args[1] else args[1]
             return _is_of_numbers(first) and not self._is_range(first)
-        return name in _MOVING and 0 in _dimensions(args, kwargs, args[0].ndim, *_MOVING[name])
+        return name in _MOVING and 0 in _dimensions(args, kwargs, value.ndim, *_MOVING[name])
 
     def _is_range(self, index: Any) -> bool:
-        return isinstance(index, torch.Tensor) and _memory_of(index) in map(_memory_of, self._ranges)
+        if isinstance(index, torch.Tensor):
+            return _memory_of(index) in map(_memory_of, self._ranges)
+        return isinstance(index, range) and index == range(len(index))
 
     def _cuts_rows(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function always puts entries in another order, or takes tensors apart or together."""
-        if name not in _CUTTING or not args:
+        place = _CUTTING.get(name) or _JOINING.get(name)
+        values = args[0] if args else kwargs.get("input", kwargs.get("tensors"))
+        parts = [part for part in tree_leaves(values) if isinstance(part, torch.Tensor) and part.ndim]
+        if place is None or not parts:
             return False
-        parts = [part for part in tree_leaves(args[0]) if isinstance(part, torch.Tensor) and part.ndim]
-        if not parts or 0 not in _dimensions(args, kwargs, parts[0].ndim, *_CUTTING[name]):
+        ndim = max(part.ndim for part in parts) + (name == "stack")  # an empty one may have fewer
+        if 0 not in _dimensions(args, kwargs, ndim, *place):
             return False
-        count = sum(part.shape[0] for part in parts)
-        return count == self._size if name == "cat" else count % self._size == 0
+        count = len(parts) if name == "stack" else sum(part.shape[0] for part in parts)
+        return count == self._size if name in _JOINING else count % self._size == 0
 
     def _trains(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function changes a shared weight in place, or computes gradients for it."""
@@ -150,8 +167,8 @@ def _dimensions(args: tuple, kwargs: dict, ndim: int, place: int, default: int |
     return {dim % ndim for dim in tree_leaves(given) if type(dim) is int}
 
 
-def _is_meta(args: tuple) -> bool:
-    return any(leaf.is_meta for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+def _is_meta(arguments: Any) -> bool:
+    return any(leaf.is_meta for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
 
 
 def _memory_of(tensor: torch.Tensor) -> int:
