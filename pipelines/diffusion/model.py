@@ -40,6 +40,7 @@ from diffsight.pipelines.diffusion.decoding import draw
 from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
+from diffsight.pipelines.diffusion.image_seeds import images_kept_apart
 from diffsight.pipelines.diffusion.input_counts import PER_INPUT, check_labels, count_images_each, count_inputs
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.pipeline_copies import stateful_parts
@@ -176,7 +177,8 @@ class DiffusionModel(HasEncoders, Model):
         Args:
             args, kwargs: The arguments of the pipeline. Its defaults are kept.
             seed: Image *i* of the call gets `seed + i`. A list has one seed per image. The generators are on the CPU,
-                so that a seed produces the same image on every device and in every batch.
+                so that a seed produces the same image on every device and in every batch. A pipeline that encodes a
+                given image once for several seeds raises InputError before its first step.
             grad: Whether gradients can flow from the images to any value in the run.
 
         Raises:
@@ -203,7 +205,9 @@ class DiffusionModel(HasEncoders, Model):
                 changes.enter_context(abandoned_bars_removed(pipeline))
                 changes.enter_context(processors_restored(pipeline))
                 if seeds is not None:
-                    given["generator"] = generators(seeds)
+                    given["generator"] = made = generators(seeds)
+                    if len(seeds) > 1:
+                        changes.enter_context(images_kept_apart(pipeline, made))
                     changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))
                 if not grad:
                     return method(*args, **given)

@@ -149,7 +149,7 @@ def set_pipeline(run: DiffusionRun, called: PipelineOfRun, output: str | list[st
 
 def is_silenced(pipeline: Any) -> bool:
     """Return whether the user turned progress bars off: `model.set_progress_bar_config(disable=True)`."""
-    bars = _with_progress_bars(pipeline)
+    bars = with_progress_bars(pipeline)
     return bool(bars) and all(getattr(part, "_progress_bar_config", {}).get("disable") for part in bars)
 
 
@@ -159,7 +159,7 @@ def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
 
     The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`. A bar that the user turned off stays
     off."""
-    shown = [(part, getattr(part, "_progress_bar_config", {})) for part in _with_progress_bars(pipeline)]
+    shown = [(part, getattr(part, "_progress_bar_config", {})) for part in with_progress_bars(pipeline)]
     for part, before in shown:
         kept = {"disable": True} if before.get("disable") else {}
         part.set_progress_bar_config(**{**before, **settings, **kept})
@@ -173,7 +173,7 @@ def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
 @contextmanager
 def abandoned_bars_removed(pipeline: Any) -> Iterator[None]:
     """Remove the progress bars of a run that is stopped or dropped, instead of leaving them below 100 %."""
-    changed = [ChangedMethod(part, "progress_bar", _removing) for part in _with_progress_bars(pipeline)]
+    changed = [ChangedMethod(part, "progress_bar", _removing) for part in with_progress_bars(pipeline)]
     try:
         yield
     finally:
@@ -199,7 +199,7 @@ def _removing(progress_bar: Callable[..., Any]) -> Callable[..., Any]:
     return removing
 
 
-def _with_progress_bars(pipeline: Any) -> list[Any]:
+def with_progress_bars(pipeline: Any) -> list[Any]:
     """Return the pipeline or, if it is modular, its blocks that loop over timesteps."""
     if not isinstance(pipeline, ModularPipeline):
         return [pipeline]
