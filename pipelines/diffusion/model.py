@@ -37,6 +37,7 @@ from diffsight.pipelines.diffusion.call_arguments import argument_names, argumen
 from diffsight.pipelines.diffusion.clip_skip import check_clip_skip
 from diffsight.pipelines.diffusion.components import components, text_encoder_names
 from diffsight.pipelines.diffusion.decoding import draw
+from diffsight.pipelines.diffusion.denoiser_caches import caches_emptied
 from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
@@ -204,6 +205,7 @@ class DiffusionModel(HasEncoders, Model):
                 pipeline = own.pipeline
                 changes.enter_context(abandoned_bars_removed(pipeline))
                 changes.enter_context(processors_restored(pipeline))
+                changes.enter_context(caches_emptied(pipeline))
                 if seeds is not None:
                     given["generator"] = made = generators(seeds)
                     if len(seeds) > 1:
