@@ -10,7 +10,7 @@ from diffusers import ModularPipeline, SchedulerMixin
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
 from greenlet import GreenletExit
 
-from diffsight.errors import InputError, OutOfOrderError
+from diffsight.errors import AssignmentError, InputError, OutOfOrderError
 from diffsight.extending import ChangedMethod, Points, Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
 from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
@@ -43,9 +43,12 @@ class DiffusionStep(Step):
     def latents(self) -> torch.Tensor:
         """The latents at the end of the step, as `scheduler.step` returns them. Assignable.
 
-        Reading them runs the model up to there. Some pipelines pack latents: `model.decode` unpacks and decodes them.
+        Reading them runs the model up to there. The next step begins with them, unless the pipeline puts parts of a
+        given image into them first, as pipelines for inpainting do. Some pipelines pack latents: `model.decode` unpacks
+        and decodes them.
 
         Raises:
+            AssignmentError: The assigned value is not a tensor, or does not fit.
             OutOfOrderError: The model has passed them, or the loop is no longer in this step.
             InputError: The pipeline has several schedulers, or none.
         """
@@ -53,6 +56,9 @@ class DiffusionStep(Step):
 
     @latents.setter
     def latents(self, value: torch.Tensor) -> None:
+        if not isinstance(value, torch.Tensor):
+            fill = f". To fill them, write step.latents[:] = {value}" if isinstance(value, (bool, int, float)) else ""
+            raise AssignmentError(f"step.latents are a Tensor; they cannot take a {type(value).__name__}{fill}")
         call = self._scheduler_call()
         call.output = with_sample(call.output, value)
 

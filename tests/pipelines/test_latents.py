@@ -1,10 +1,12 @@
 """Latents of a step, images drawn from latents, and what a pipeline makes of a prompt, against the bare pipeline."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 from diffsight import DiffusionModel, OutOfOrderError
+from diffsight.errors import AssignmentError
 from helpers import SEED, bare_run, drawn, first, refusal, same, same_image, with_first
 from models import diffusion
 
@@ -30,6 +32,23 @@ def test_latents_can_be_assigned(sd):
         for at in run.steps:
             at.latents = at.latents / 2
     assert same(want, run.images)
+
+
+@pytest.mark.parametrize(
+    "value", [0, 1.5, None, [torch.zeros(1, 4, 16, 16)], np.zeros((1, 4, 16, 16))], ids=lambda v: type(v).__name__
+)
+def test_only_a_tensor_can_be_assigned_to_the_latents(sd, value):
+    with pytest.raises(AssignmentError, match=rf"cannot take a {type(value).__name__}") as caught:
+        with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+            for step in run.steps:
+                step.latents = value
+    assert caught.traceback[-1].path.name == "test_latents.py"
+    assert (f"step.latents[:] = {value}" in str(caught.value)) == isinstance(value, (int, float))
+    with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+        for step in run.steps:
+            step.latents[:] = 0
+    with torch.no_grad():
+        assert same(run.images, sd.image_processor.postprocess(sd.vae.decode(torch.zeros(1, 4, 16, 16)).sample, "pt"))
 
 
 def test_latents_of_a_step_that_the_loop_has_left(sd):
