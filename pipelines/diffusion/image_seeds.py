@@ -6,7 +6,6 @@ of the others then stand elsewhere than in a call of their own.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from diffsight.errors import InputError
 from diffsight.extending import ChangedMethod
 from diffsight.pipelines.diffusion.call_arguments import argument_names
+from diffsight.pipelines.diffusion.call_errors import is_of_pipeline
 from diffsight.pipelines.diffusion.run import with_progress_bars
 from diffsight.pipelines.seeds import have_drawn_alike
 
@@ -56,9 +56,7 @@ def images_kept_apart(pipeline: Any, generators: Sequence[torch.Generator]) -> I
 def _is_about_images(error: Exception) -> bool:
     """Return whether a pipeline has failed because it has more generators than images. It counts through both, or
     compares their numbers."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    is_own = frame.f_globals.get("__name__", "").startswith("diffusers.")  # not that of a function of the user's
-    return is_own and (isinstance(error, IndexError) or "list of generators" in str(error))
+    return is_of_pipeline(error) and (isinstance(error, IndexError) or "list of generators" in str(error))
 
 
 def _refusal(pipeline: Any, count: int, reason: str) -> str:
