@@ -276,8 +276,8 @@ class DiffusionModel(HasEncoders, Model):
             images = model.decode(latents)
 
         The pipeline makes one denoising step. The latents replace the result of this step and are then unpacked, scaled
-        and decoded. Nothing of a given image is put into them, as pipelines for inpainting do after their own last
-        step: to see their result, decode what they return with `output_type="latent"`.
+        and decoded. Pipelines for inpainting paste the given image into their latents after each step, but not into
+        these: to see the result of a run, decode what it returns with `output_type="latent"`.
 
         Args:
             latents: Latents as `step.latents` returns them, `(batch, …)`, or a list of such tensors.
