@@ -51,13 +51,12 @@ def have_drawn_alike(generators: Sequence[torch.Generator]) -> bool:
     states = [generator.get_state() for generator in generators]
     if len({bytes(state[_PLACE]) for state in states}) > 1:
         return False
-    replayed = [torch.Generator().manual_seed(generator.initial_seed()) for generator in generators]
-    while True:
-        arrived = [torch.equal(one.get_state()[_BLOCK], state[_BLOCK]) for one, state in zip(replayed, states)]
-        if any(arrived):
-            return all(arrived)
+    replayed = [torch.Generator("cpu").manual_seed(generator.initial_seed()) for generator in generators]
+    numbers = torch.empty(_BLOCK_SIZE, dtype=torch.int32, device="cpu")
+    while not torch.equal(replayed[0].get_state()[_BLOCK], states[0][_BLOCK]):
         for one in replayed:
-            torch.empty(_BLOCK_SIZE, dtype=torch.int32).random_(generator=one)
+            numbers.random_(generator=one)
+    return all(torch.equal(one.get_state()[_BLOCK], state[_BLOCK]) for one, state in zip(replayed, states))
 
 
 @contextmanager
