@@ -8,6 +8,9 @@ import torch
 
 from diffsight.errors import InputError
 
+_BLOCK_SIZE = 624  # of a Mersenne Twister
+_PLACE, _BLOCK = slice(8, 24), slice(24, 24 + 8 * _BLOCK_SIZE)  # in the bytes of a generator's state
+
 
 def check_seed(seed: Any) -> None:
     """Raise InputError unless `seed` is an integer from 0 to 2**64 - 1."""
@@ -38,6 +41,22 @@ def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
     They live on the CPU, so that a seed gives the same image on every device."""
     made = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return made if len(made) > 1 else made[0]
+
+
+def have_drawn_alike(generators: Sequence[torch.Generator]) -> bool:
+    """Return whether generators on the CPU have drawn equally many numbers since they were seeded.
+
+    Each makes its numbers in blocks. Its state holds the current block, and how many numbers of it are left, but not
+    how many blocks it has made: these are counted by making them again."""
+    states = [generator.get_state() for generator in generators]
+    if len({bytes(state[_PLACE]) for state in states}) > 1:
+        return False
+    replayed = [torch.Generator("cpu").manual_seed(generator.initial_seed()) for generator in generators]
+    numbers = torch.empty(_BLOCK_SIZE, dtype=torch.int32, device="cpu")
+    while not torch.equal(replayed[0].get_state()[_BLOCK], states[0][_BLOCK]):
+        for one in replayed:
+            numbers.random_(generator=one)
+    return all(torch.equal(one.get_state()[_BLOCK], state[_BLOCK]) for one, state in zip(replayed, states))
 
 
 @contextmanager

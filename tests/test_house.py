@@ -110,7 +110,7 @@ THIRD_PARTY = {
     ),
     *("_compiled_call_impl", "_apply", "_version", "_base", "_cdata", "_schema"),
     # diffusers
-    "_sanitize_parameters",
+    *("_sanitize_parameters", "_is_stateful"),
     *("_blocks", "_identifier_key"),  # diffusers' modular pipelines and guiders
     *("_execution_device", "_progress_bar_config", "_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"),
     # transformers

@@ -1,9 +1,10 @@
 """Find the branches of classifier-free guidance: which prompt and which branch each entry of a batch belongs to.
 
 Under guidance a denoiser gets both branches in one batch, in either order, or each in a call of its own. Without
-guidance it gets one branch. Its inputs show which: the entries of a denoiser's text input are compared with the output
-of `encode_prompt`, and the token ids of a text encoder are decoded to words and compared with the prompts. No pipeline
-is recognised by its name. If the comparison is inconclusive, the branches are unknown and asking for them is an error.
+guidance it gets one branch. Perturbed-attention guidance adds a copy of the conditional branch at the end. The inputs
+show which: the entries of a denoiser's text input are compared with the output of `encode_prompt`, and the token ids of
+a text encoder are decoded to words and compared with the prompts. No pipeline is recognised by its name. If the
+comparison is inconclusive, the branches are unknown and asking for them is an error.
 """
 
 import re
@@ -24,6 +25,7 @@ from diffsight.pipelines.diffusion.components import GUIDERS_METHODS, TEXT_EMBED
 from diffsight.pipelines.diffusion.prompts import as_read, text_tokenizer
 
 COND, UNCOND = "cond", "uncond"
+PERTURBED = "perturbed"  # a copy of the conditional branch, whose attention a pipeline with a `pag_scale` perturbs
 VIDEO = 5  # dimensions of the latents of videos: batch, channels, frames, height, width
 
 BatchLayout = tuple[tuple[str, int], ...]  # for each entry of a batch, its branch and the index of its prompt
@@ -95,11 +97,15 @@ class BatchLayouts:
         if component.key not in tap.host.clock.starts:
             return f"{unknown} words that match neither the prompt alone nor the negative prompt alone"
         if not self._embeddings:
-            return (
-                f"{unknown} no text that {type(self._pipeline).__name__}.encode_prompt returned. Read it on the run "
-                'itself, or pass branch="both" to a lens'
-            )
-        return f"{unknown} text that differs from what encode_prompt returned for the prompt and the negative prompt"
+            title = type(self._pipeline).__name__
+            reason = f"no text that {title}.encode_prompt returned"
+            if not hasattr(self._pipeline, "encode_prompt"):
+                reason = f"a batch without known texts, because {title} has no encode_prompt"
+            return f'{unknown} {reason}. Read it on the run itself, or pass branch="both" to a lens'
+        return (
+            f"{unknown} a batch that differs from what encode_prompt returned for the prompt and the negative prompt, "
+            'each of them once. Read it on the run itself, or pass branch="both" to a lens'
+        )
 
     # ---- reports from the engine
 
@@ -175,10 +181,11 @@ class BatchLayouts:
         seen, found = self._seen.get((component, turn), (None, []))
         if any(value is seen for value in values):  # usually the same in every step
             return found
+        has_perturbed = "pag_scale" in call_defaults(self._pipeline)
         for value, texts in product(values, self._embeddings):
             fits = partial(self._fits, value, texts)
             for frames in self._frames(values, len(value)):
-                possible = self._possible(self.images * frames, len(value))
+                possible = self._possible(self.images * frames, len(value), has_perturbed)
                 found = [layout for layout in possible if all(map(fits, *_pairs(layout)))]
                 if found:
                     self._seen[component, turn] = (value, found)
@@ -195,19 +202,21 @@ class BatchLayouts:
 
     def _fits(self, value: Embeddings, texts: dict[str, Embeddings], position: int, entry: tuple[str, int]) -> bool:
         branch, prompt = entry
-        text, total = texts.get(branch), self.prompts * self.images
+        text, total = texts.get(COND if branch == PERTURBED else branch), self.prompts * self.images
         if text is None or len(text) not in (self.prompts, total):
             return False
         given, text = value[position], text[prompt * (len(text) // self.prompts)]
         return given.shape == text.shape and torch.equal(given, text.to(given))
 
-    def _possible(self, repeats: int, size: int) -> list[BatchLayout]:
+    def _possible(self, repeats: int, size: int, has_perturbed: bool = False) -> list[BatchLayout]:
         """Return the layouts that a batch of this size may have, the more common ones first."""
-        cond, uncond = (
+        cond, uncond, perturbed = (
             tuple((branch, prompt) for prompt in range(self.prompts) for _ in range(repeats))
-            for branch in (COND, UNCOND)
+            for branch in (COND, UNCOND, PERTURBED)
         )
-        return [layout for layout in (cond, uncond, uncond + cond, cond + uncond) if len(layout) == size]
+        layouts = [cond, uncond, uncond + cond, cond + uncond]
+        layouts += [cond + perturbed, uncond + cond + perturbed] if has_perturbed else []
+        return [layout for layout in layouts if len(layout) == size]
 
     # ---- the words passed to a text encoder
 

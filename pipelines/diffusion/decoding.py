@@ -12,6 +12,7 @@ from diffusers.modular_pipelines import PipelineState
 from diffsight.errors import InputError
 from diffsight.extending import Model
 from diffsight.pipelines.diffusion.call_arguments import argument_names, call_defaults
+from diffsight.pipelines.diffusion.call_errors import CALL_ERRORS, is_of_pipeline
 from diffsight.pipelines.diffusion.encoding import PLAIN_PROMPT, required_arguments
 from diffsight.pipelines.diffusion.latents import ending_with
 from diffsight.pipelines.diffusion.run import progress_bar
@@ -29,22 +30,32 @@ def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments
         arguments: Arguments of the pipeline.
 
     Raises:
-        InputError: The latents have a different shape from the pipeline's, or it does not decode them after one step.
+        InputError: The latents have a different shape from the pipeline's, or it does not decode them after one step,
+            or it needs other arguments.
     """
     batch, pipeline = _joined(latents), model.pipeline
     name, call = type(pipeline).__name__, _one_step(pipeline, batch) | arguments
     call |= {} if is_on_server(model) else ending_with(pipeline, batch, step=0)
-    with torch.no_grad(), progress_bar(pipeline, disable=True), model.generate(**call) as run:
-        for step in run.steps:
-            if step.index:
-                raise InputError(f"{name} makes more than one step: pass the arguments with which it makes one")
-            own = step.latents
-            if batch.shape[1:] != own.shape[1:]:
-                raise InputError(
-                    f"the latents have the shape {tuple(batch.shape)}, but those of {name} have {tuple(own.shape)}: "
-                    "pass the arguments of the call that made them, such as height and width"
-                )
-            step.latents = batch
+    try:
+        with torch.no_grad(), progress_bar(pipeline, disable=True), model.generate(**call) as run:
+            for step in run.steps:
+                if step.index:
+                    raise InputError(f"{name} makes more than one step: pass the arguments with which it makes one")
+                own = step.latents
+                if batch.shape[1:] != own.shape[1:]:
+                    raise InputError(
+                        f"the latents have the shape {tuple(batch.shape)}, but those of {name} have "
+                        f"{tuple(own.shape)}: pass the arguments of the call that made them, such as height and width"
+                    )
+                step.latents = batch
+    except CALL_ERRORS as error:
+        if not is_of_pipeline(error):
+            raise
+        raise InputError(
+            f"{name} cannot make a single step with these arguments and its defaults ({error}). Pass the arguments of "
+            "the call that made the latents, such as its images. If the scheduler always makes several steps, replace "
+            "it: model.scheduler = …"
+        ) from error
     drawn = run.images if isinstance(run.result, PipelineState) else run.result[0]
     if len(drawn) != len(batch):
         raise InputError(f"{name} drew {len(drawn)} images from {len(batch)} latents: pass them one at a time")

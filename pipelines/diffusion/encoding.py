@@ -247,6 +247,13 @@ def required_arguments(pipeline: Any) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name in names}
 
 
+def images_beside_prompt(pipeline: Any) -> dict[str, Any]:
+    """Return stand-ins for the images that a pipeline requires, unless it encodes them together with the prompt."""
+    if any(name.startswith("image") for name in inspect.signature(pipeline.encode_prompt).parameters):
+        return {}
+    return {name: value for name, value in required_arguments(pipeline).items() if isinstance(value, Image.Image)}
+
+
 def _record_run(run: DiffusionRun, pipeline: Any, record: EncodingRecord) -> None:
     """Run up to the first call of the denoiser, and record the calls on the way."""
     with run:

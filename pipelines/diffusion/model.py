@@ -34,12 +34,16 @@ from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.attention_processors import processors_restored
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name, call_defaults
+from diffsight.pipelines.diffusion.call_errors import CALL_ERRORS, is_of_pipeline
 from diffsight.pipelines.diffusion.clip_skip import check_clip_skip
 from diffsight.pipelines.diffusion.components import components, text_encoder_names
 from diffsight.pipelines.diffusion.decoding import draw
+from diffsight.pipelines.diffusion.denoiser_caches import caches_emptied
 from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
+from diffsight.pipelines.diffusion.encoding import images_beside_prompt
+from diffsight.pipelines.diffusion.image_seeds import images_kept_apart
 from diffsight.pipelines.diffusion.input_counts import PER_INPUT, check_labels, count_images_each, count_inputs
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.pipeline_copies import stateful_parts
@@ -176,7 +180,8 @@ class DiffusionModel(HasEncoders, Model):
         Args:
             args, kwargs: The arguments of the pipeline. Its defaults are kept.
             seed: Image *i* of the call gets `seed + i`. A list has one seed per image. The generators are on the CPU,
-                so that a seed produces the same image on every device and in every batch.
+                so that a seed produces the same image on every device and in every batch. A pipeline that encodes a
+                given image once for several seeds raises InputError before its first step.
             grad: Whether gradients can flow from the images to any value in the run.
 
         Raises:
@@ -202,8 +207,11 @@ class DiffusionModel(HasEncoders, Model):
                 pipeline = own.pipeline
                 changes.enter_context(abandoned_bars_removed(pipeline))
                 changes.enter_context(processors_restored(pipeline))
+                changes.enter_context(caches_emptied(pipeline))
                 if seeds is not None:
-                    given["generator"] = generators(seeds)
+                    given["generator"] = made = generators(seeds)
+                    if len(seeds) > 1:
+                        changes.enter_context(images_kept_apart(pipeline, made))
                     changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))
                 if not grad:
                     return method(*args, **given)
@@ -234,13 +242,29 @@ class DiffusionModel(HasEncoders, Model):
             `(prompts, features)` and others, in the order that its documentation states.
 
         Raises:
-            InputError: The pipeline has no `encode_prompt`, or the prompt is not valid.
+            InputError: The pipeline has no `encode_prompt`, the prompt is not valid, or the pipeline needs other
+                arguments. Images that it requires, and that do not change the embeddings, may be left out.
         """
         if "encode_prompt" not in self._tree.methods_of(self._owner):
             raise InputError(
                 f"{type(self._owner).__name__} has no encode_prompt: read the outputs of its text encoders in a run"
             )
-        with torch.no_grad(), progress_bar(self.pipeline, disable=True), self.generate(prompt, **arguments) as run:
+        arguments["prompt"] = prompt
+        errors = []
+        for stand_ins in ({}, images_beside_prompt(self._owner)):  # an image only if it is needed
+            try:
+                return self._encoded(stand_ins | arguments)
+            except CALL_ERRORS as error:
+                if not is_of_pipeline(error):
+                    raise
+                errors.append(error)
+        raise InputError(
+            f"{type(self._owner).__name__} cannot be called with these arguments and its defaults ({errors[0]}). Pass "
+            "what it needs, as in model.encode(prompt, image=image)"
+        ) from errors[0]
+
+    def _encoded(self, arguments: dict[str, Any]) -> Any:
+        with torch.no_grad(), progress_bar(self.pipeline, disable=True), self.generate(**arguments) as run:
             encoded = run.encode_prompt.output
             run.stop()
         return encoded
@@ -252,7 +276,8 @@ class DiffusionModel(HasEncoders, Model):
             images = model.decode(latents)
 
         The pipeline makes one denoising step. The latents replace the result of this step and are then unpacked, scaled
-        and decoded.
+        and decoded. Pipelines for inpainting paste the given image into their latents after each step, but not into
+        these: to see the result of a run, decode what it returns with `output_type="latent"`.
 
         Args:
             latents: Latents as `step.latents` returns them, `(batch, …)`, or a list of such tensors.
@@ -263,7 +288,7 @@ class DiffusionModel(HasEncoders, Model):
             One image or video for each entry of the latents, as in `run.images` or `run.frames`.
 
         Raises:
-            InputError: The latents have a different shape from the pipeline's.
+            InputError: The latents have a different shape from the pipeline's, or it needs other arguments.
         """
         return draw(self, latents, arguments)
 

@@ -24,6 +24,7 @@ from greenlet import getcurrent
 
 from diffsight.errors import InputError
 from diffsight.extending import ChangedMethod
+from diffsight.pipelines.diffusion.denoiser_caches import cached_parts
 from diffsight.pipelines.diffusion.pipeline_copies import copied_pipeline, is_pipeline, stateful_parts
 
 _in_use: dict[int, "PipelineOfRun"] = {}  # by ids of pipelines and of components of theirs that change
@@ -47,9 +48,10 @@ class PipelineOfRun:
             with _lock:
                 is_free = not _is_used(self.pipeline) and not _is_running(self.pipeline)
                 if not is_free:
+                    _check_no_cache(self.pipeline)
                     self._originals = stateful_parts(self.pipeline)
                     self.pipeline = copied_pipeline(self.pipeline, self.copies)
-                parts = stateful_parts(self.pipeline)
+                parts = _changing_parts(self.pipeline)
                 self.thread = current_thread()
                 used |= dict.fromkeys(map(id, parts), self)
                 _in_use.update(used)
@@ -62,6 +64,24 @@ class PipelineOfRun:
                 _in_use.pop(number, None)
 
 
+def _changing_parts(pipeline: DiffusionPipeline) -> list[Any]:
+    """Return a pipeline and everything in it that changes in a call: what a copy has of its own, and the components
+    with a cache, which a copy shares."""
+    parts = stateful_parts(pipeline)
+    return parts + [part for held in filter(is_pipeline, parts) for part in cached_parts(held).values()]
+
+
+def _check_no_cache(pipeline: DiffusionPipeline) -> None:
+    """Raise InputError if a component has a cache, which holds the values of a single call."""
+    for held in filter(is_pipeline, stateful_parts(pipeline)):
+        for name in cached_parts(held):
+            raise InputError(
+                f"{type(held).__name__} cannot be called while another call is in progress, because the cache of its "
+                f"{name} holds the values of one call. Make one call after the other, or turn the cache off with "
+                f"{name}.disable_cache()"
+            )
+
+
 def _user_of(part: Any) -> PipelineOfRun | None:
     """Return the run that uses a pipeline or a component. A run that its thread left open when it ended uses nothing:
     it cannot go on, and nothing can unwind it."""
@@ -70,15 +90,15 @@ def _user_of(part: Any) -> PipelineOfRun | None:
 
 
 def _is_used(pipeline: DiffusionPipeline) -> bool:
-    return any(_user_of(part) is not None for part in stateful_parts(pipeline))
+    return any(_user_of(part) is not None for part in _changing_parts(pipeline))
 
 
 def _is_running(pipeline: DiffusionPipeline) -> bool:
     """Whether a call that the user made of the pipeline, or of one that shares a part with it, is in progress: here,
     with this code in its callback, or in another thread."""
     frames = [frame for innermost in sys._current_frames().values() for frame in _outwards(innermost)]
-    parts = {id(part) for called in _called([*_frames(), *frames]) for part in stateful_parts(called)}
-    return not parts.isdisjoint(map(id, stateful_parts(pipeline)))
+    parts = {id(part) for called in _called([*_frames(), *frames]) for part in _changing_parts(called)}
+    return not parts.isdisjoint(map(id, _changing_parts(pipeline)))
 
 
 def _called(frames: Iterable[FrameType]) -> Iterator[DiffusionPipeline]:

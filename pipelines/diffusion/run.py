@@ -10,7 +10,7 @@ from diffusers import ModularPipeline, SchedulerMixin
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
 from greenlet import GreenletExit
 
-from diffsight.errors import InputError, OutOfOrderError
+from diffsight.errors import AssignmentError, InputError, OutOfOrderError
 from diffsight.extending import ChangedMethod, Points, Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
 from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
@@ -43,9 +43,12 @@ class DiffusionStep(Step):
     def latents(self) -> torch.Tensor:
         """The latents at the end of the step, as `scheduler.step` returns them. Assignable.
 
-        Reading them runs the model up to there. Some pipelines pack latents: `model.decode` unpacks and decodes them.
+        Reading them runs the model up to there. The next step begins with them, unless the pipeline puts parts of a
+        given image into them first, as pipelines for inpainting do. Some pipelines pack latents: `model.decode` unpacks
+        and decodes them.
 
         Raises:
+            AssignmentError: The assigned value is not a tensor, or does not fit.
             OutOfOrderError: The model has passed them, or the loop is no longer in this step.
             InputError: The pipeline has several schedulers, or none.
         """
@@ -53,6 +56,9 @@ class DiffusionStep(Step):
 
     @latents.setter
     def latents(self, value: torch.Tensor) -> None:
+        if not isinstance(value, torch.Tensor):
+            fill = f". To fill them, write step.latents[:] = {value}" if isinstance(value, (bool, int, float)) else ""
+            raise AssignmentError(f"step.latents are a Tensor; they cannot take a {type(value).__name__}{fill}")
         call = self._scheduler_call()
         call.output = with_sample(call.output, value)
 
@@ -149,7 +155,7 @@ def set_pipeline(run: DiffusionRun, called: PipelineOfRun, output: str | list[st
 
 def is_silenced(pipeline: Any) -> bool:
     """Return whether the user turned progress bars off: `model.set_progress_bar_config(disable=True)`."""
-    bars = _with_progress_bars(pipeline)
+    bars = with_progress_bars(pipeline)
     return bool(bars) and all(getattr(part, "_progress_bar_config", {}).get("disable") for part in bars)
 
 
@@ -159,7 +165,7 @@ def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
 
     The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`. A bar that the user turned off stays
     off."""
-    shown = [(part, getattr(part, "_progress_bar_config", {})) for part in _with_progress_bars(pipeline)]
+    shown = [(part, getattr(part, "_progress_bar_config", {})) for part in with_progress_bars(pipeline)]
     for part, before in shown:
         kept = {"disable": True} if before.get("disable") else {}
         part.set_progress_bar_config(**{**before, **settings, **kept})
@@ -173,7 +179,7 @@ def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
 @contextmanager
 def abandoned_bars_removed(pipeline: Any) -> Iterator[None]:
     """Remove the progress bars of a run that is stopped or dropped, instead of leaving them below 100 %."""
-    changed = [ChangedMethod(part, "progress_bar", _removing) for part in _with_progress_bars(pipeline)]
+    changed = [ChangedMethod(part, "progress_bar", _removing) for part in with_progress_bars(pipeline)]
     try:
         yield
     finally:
@@ -199,7 +205,7 @@ def _removing(progress_bar: Callable[..., Any]) -> Callable[..., Any]:
     return removing
 
 
-def _with_progress_bars(pipeline: Any) -> list[Any]:
+def with_progress_bars(pipeline: Any) -> list[Any]:
     """Return the pipeline or, if it is modular, its blocks that loop over timesteps."""
     if not isinstance(pipeline, ModularPipeline):
         return [pipeline]

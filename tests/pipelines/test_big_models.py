@@ -1,11 +1,14 @@
 """Big models as accelerate and diffusers run them: offloaded, cast, cached. Reads and edits equal plain hooks."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
+    FluxPipeline,
     MagCacheConfig,
     PipelineQuantizationConfig,
     PyramidAttentionBroadcastConfig,
@@ -15,6 +18,7 @@ from diffusers.hooks import TextKVCacheConfig, apply_group_offloading
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
+from diffsight.pipelines.diffusion.attention import find_attentions
 from helpers import SEED, draw, first, hooked, module_at, replaced, same, with_first
 from models import diffusion
 
@@ -202,3 +206,52 @@ def test_faster_cache():
     pipe.transformer.disable_cache()
     with model.generate(**inputs, seed=SEED) as run:
         assert len(first(run.uncond.transformer.transformer_blocks[0].output)) == 1
+
+
+def cached_flux(name):
+    kind = diffusion.PIPELINES["flux"]
+    pipe = kind.build()
+    pipe.transformer.enable_cache(CACHES[name](pipe))
+    return pipe, kind.inputs() | {"num_inference_steps": 4}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_run_that_ends_early_leaves_the_cache_empty(name):
+    pipe, inputs = cached_flux(name)
+    want = draw(pipe, inputs)
+    with DiffusionModel(pipe).generate(**inputs, seed=SEED) as run:
+        for _ in run.steps[1:2]:
+            run.transformer.transformer_blocks[0].output
+        run.stop()
+    assert same(draw(pipe, inputs), want)
+    with pytest.raises(ZeroDivisionError), DiffusionModel(pipe).generate(**inputs, seed=SEED) as run:
+        for step in run.steps:
+            _ = run.transformer.output, 1 / (1 - step.index)
+    assert same(draw(pipe, inputs), want)
+
+
+def test_attentions_of_a_pipeline_with_a_cache():
+    pipe, inputs = cached_flux("first block")
+    want = draw(pipe, inputs)
+    inputs = {name: inputs[name] for name in ("height", "width", "max_sequence_length")}
+    found = find_attentions(DiffusionModel(pipe), **inputs)
+    assert str(found) == str(find_attentions(DiffusionModel(diffusion.PIPELINES["flux"].build()), **inputs))
+    assert same(draw(pipe, cached_flux("first block")[1]), want)
+
+
+def test_two_runs_at_once_of_a_pipeline_with_a_cache():
+    pipe, inputs = cached_flux("first block")
+    model, want = DiffusionModel(pipe), draw(pipe, inputs)
+    with model.generate(**inputs, seed=SEED) as run:
+        run.transformer.output
+        other = FluxPipeline(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+        for call in (lambda: draw(pipe, inputs), lambda: model(**inputs), lambda: DiffusionModel(other)(**inputs)):
+            with pytest.raises(
+                InputError, match=r"the cache of its transformer holds .* transformer.disable_cache\(\)"
+            ):
+                call()
+    assert same(run.result[0], want)
+    pipe.transformer.disable_cache()
+    with model.generate(**inputs, seed=SEED) as run:
+        run.transformer.output
+        assert same(draw(pipe, inputs), draw(diffusion.PIPELINES["flux"].build(), inputs))

@@ -628,12 +628,37 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
 # What is ambiguous
 
 
-def test_three_branches_are_an_error():
-    """Perturbed-attention guidance adds a third."""
+@pytest.mark.parametrize("guidance_scale", [5.0, 0.0])
+def test_a_perturbed_copy_belongs_to_no_branch(guidance_scale):
+    """Perturbed-attention guidance puts it behind the conditional branch, with the same text."""
     pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
-    inputs = {**CASES["stable_diffusion"].inputs(), "pag_scale": 2.0}
+    inputs = {**CASES["stable_diffusion"].inputs(), "pag_scale": 2.0, "guidance_scale": guidance_scale}
+    inputs |= {"num_images_per_prompt": 2}
+    before = 4 if guidance_scale else 0
+    with DiffusionModel(pipe).generate(**inputs, seed=SEED) as run:
+        for _ in run.steps:
+            whole = run.unet.mid_block.output
+            assert len(whole) == before + 8
+            assert torch.equal(run.cond.unet.mid_block.output, whole[before : before + 4])
+            assert torch.equal(run.cond.rows[1].unet.mid_block.output, whole[before + 2 : before + 4])
+            assert not guidance_scale or torch.equal(run.uncond.unet.mid_block.output, whole[:4])
+            run.cond.unet.mid_block.output[:] *= 0.5
+    with changed_at(pipe, "unet.mid_block", lambda output, n: halve(output, [*range(before, before + 4)])):
+        expected = pipe(**inputs, generator=generators(4))[0]
+    assert torch.equal(run.images, expected)
+
+
+def test_a_batch_with_other_branches_is_an_error():
+    """The pipeline takes the prompt, and the negative prompt twice: with and without the given image."""
+    pipe = diffusion.stable_diffusion_family(
+        diffusers.StableDiffusionInstructPix2PixPipeline, unet=diffusion.unet(seed=2, in_channels=8)
+    )
+    inputs = {"prompt": "a red circle", "image": diffusion.IMAGE, "num_inference_steps": 1}
     for branch in ("cond", "uncond"):
-        with pytest.raises(InputError, match="unet was given text that differs from what encode_prompt returned"):
+        reason = (
+            "unet was given a batch without known texts, because StableDiffusionInstructPix2PixPipeline has no encode"
+        )
+        with pytest.raises(InputError, match=reason):
             with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
     with pytest.raises(
@@ -641,26 +666,17 @@ def test_three_branches_are_an_error():
     ):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.cond.unet.conv_in.output = torch.zeros(1)
-    with pytest.raises(InputError, match=r"shape is \(6, .*2 prompts make 2 images"):
-        with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
-            run.rows[0].unet.mid_block.output
 
 
-@pytest.mark.parametrize("prompts", [["a red circle"], ["a red circle"] * 2])
-def test_a_perturbed_half_of_the_same_text_is_an_error(prompts):
+def test_a_perturbed_half_of_the_same_text():
     """Without classifier-free guidance, the batch is the prompts and then the same prompts, perturbed."""
     pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
-    inputs = {**CASES["stable_diffusion"].inputs(steps=1), "pag_scale": 2.0, "guidance_scale": 0.0, "prompt": prompts}
+    inputs = {**CASES["stable_diffusion"].inputs(steps=1), "pag_scale": 2.0, "guidance_scale": 0.0}
     del inputs["num_images_per_prompt"], inputs["negative_prompt"]
-    with pytest.raises(InputError, match=r"cond\.unet\.mid_block\.output belongs to an unknown branch"):
-        with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
-            run.cond.unet.mid_block.output
-    with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
-        if len(prompts) == 1:
-            assert len(run.rows[0].unet.mid_block.output) == 2
-            return
-        with pytest.raises(InputError, match=r"shape is \(4, .*2 prompts make 2 images"):
-            run.rows[0].unet.mid_block.output
+    with DiffusionModel(pipe).generate(**inputs | {"prompt": ["a red circle"] * 2}, seed=0) as run:
+        whole = run.unet.mid_block.output
+        assert torch.equal(run.cond.unet.mid_block.output, whole[:2])
+        assert torch.equal(run.rows[1].unet.mid_block.output, whole[1::2])
 
 
 def test_a_tensor_without_a_batch_cannot_be_cut():

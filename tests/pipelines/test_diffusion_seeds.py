@@ -8,6 +8,7 @@ import torch
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.input_counts import count_images_each, count_inputs
+from diffsight.pipelines.seeds import generators, have_drawn_alike
 from helpers import SEED, draw, drawn
 from models import denoisers, diffusion
 
@@ -18,20 +19,17 @@ def batch_of(kind):
     """Return inputs for two images of one prompt, or for two prompts."""
     if "prompt" not in kind.inputs():
         return {**kind.inputs(), "batch_size": 2}
-    return {**kind.inputs(), "prompt": ["a red circle", "a blue square above a green circle"]}
+    images = {"image": [kind.inputs()["image"]] * 2} if "image" in kind.inputs() else {}
+    return {**kind.inputs(), **images, "prompt": ["a red circle", "a blue square above a green circle"]}
 
 
-# An inpainting pipeline encodes the masked image once for a batch, with the first generator.
-BATCHED = [name for name in diffusion.ALL_PIPELINES if name != "inpaint"]
-
-
-@pytest.mark.parametrize("kind", BATCHED, indirect=True)
+@pytest.mark.parametrize("kind", diffusion.ALL_PIPELINES, indirect=True)
 def test_each_image_of_a_batch_has_a_seed_of_its_own(kind, pipe):
     inputs = batch_of(kind)
     batch = drawn(DiffusionModel(pipe).generate(**inputs, seed=5))
     assert len(batch) == 2
     for i, image in enumerate(batch):
-        single = {**inputs, "prompt": inputs["prompt"][i]} if "prompt" in inputs else {**inputs, "batch_size": 1}
+        single = {**kind.inputs(), "prompt": inputs["prompt"][i]} if "prompt" in inputs else kind.inputs()
         assert torch.allclose(image, draw(pipe, single, 5 + i)[0], atol=1e-4)
 
 
@@ -59,6 +57,52 @@ def test_several_videos_of_a_prompt():
     frames = DiffusionModel(pipe).generate(**kind.inputs(), num_videos_per_prompt=2, seed=5).frames
     for i in range(2):
         assert torch.allclose(frames[i], draw(pipe, kind.inputs(), seed=5 + i)[0], atol=1e-4)
+
+
+def flux_from_an_image():
+    parts = {k: v for k, v in diffusion.PIPELINES["flux"].build().components.items() if "image" not in k}
+    return diffusion.quiet_pipeline(diffusers.FluxImg2ImgPipeline, **parts)
+
+
+def video_from_an_image():
+    return diffusion.quiet_pipeline(diffusers.LTXImageToVideoPipeline, **diffusion.PIPELINES["ltx"].build().components)
+
+
+ENCODING_ONE_IMAGE = {
+    "inpaint": (diffusion.PIPELINES["inpaint"].build, diffusion.PIPELINES["inpaint"].inputs),
+    "flux": (flux_from_an_image, lambda: {**diffusion.PIPELINES["flux"].inputs(), "image": diffusion.IMAGE}),
+    "ltx": (video_from_an_image, lambda: {**diffusion.PIPELINES["ltx"].inputs(), "image": diffusion.IMAGE}),
+}
+
+
+@pytest.mark.parametrize("name", ENCODING_ONE_IMAGE)
+def test_an_image_that_is_encoded_once_for_several_seeds_is_passed_for_each(name):
+    """The pipeline draws for the given image from the first seed alone, or looks for an image for each seed."""
+    build, inputs = ENCODING_ONE_IMAGE[name]
+    pipe = build()
+    model, inputs = DiffusionModel(pipe), inputs()
+    several = {"num_videos_per_prompt" if name == "ltx" else "num_images_per_prompt": 2}
+    for given in (several, {"prompt": [inputs["prompt"]] * 2}):
+        with pytest.raises(
+            InputError, match=r"cannot draw from 2 seeds .* image=\[image\] \* 2, or draw from one seed"
+        ):
+            with model.generate(**{**inputs, **given}, seed=5) as run:
+                run[diffusion.PIPELINES[name].denoiser].output
+    assert "progress_bar" not in vars(pipe)
+    made = drawn(model.generate(**{**inputs, **several, "image": [diffusion.IMAGE] * 2}, seed=5))
+    for i in range(2):
+        assert torch.allclose(made[i], draw(pipe, inputs, seed=5 + i)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [7, 624, 16 * 624])
+def test_generators_that_have_drawn_alike(block):
+    made = generators([3, 4, 2**40])
+    assert have_drawn_alike(made)
+    for one in made:
+        torch.randn(1000, generator=one)
+    assert have_drawn_alike(made)
+    torch.rand(block, generator=made[1])
+    assert not have_drawn_alike(made)
 
 
 def test_encoded_prompts_are_counted(sd):

@@ -1,11 +1,15 @@
 """Latents of a step, images drawn from latents, and what a pipeline makes of a prompt, against the bare pipeline."""
 
+from inspect import signature
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 from diffsight import DiffusionModel, OutOfOrderError
-from helpers import SEED, bare_run, drawn, first, refusal, same, same_image, with_first
+from diffsight.errors import AssignmentError
+from helpers import SEED, bare_run, draw, drawn, first, refusal, same, same_image, with_first
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
@@ -30,6 +34,23 @@ def test_latents_can_be_assigned(sd):
         for at in run.steps:
             at.latents = at.latents / 2
     assert same(want, run.images)
+
+
+@pytest.mark.parametrize(
+    "value", [0, 1.5, None, [torch.zeros(1, 4, 16, 16)], np.zeros((1, 4, 16, 16))], ids=lambda v: type(v).__name__
+)
+def test_only_a_tensor_can_be_assigned_to_the_latents(sd, value):
+    with pytest.raises(AssignmentError, match=rf"cannot take a {type(value).__name__}") as caught:
+        with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+            for step in run.steps:
+                step.latents = value
+    assert caught.traceback[-1].path.name == "test_latents.py"
+    assert (f"step.latents[:] = {value}" in str(caught.value)) == isinstance(value, (int, float))
+    with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+        for step in run.steps:
+            step.latents[:] = 0
+    with torch.no_grad():
+        assert same(run.images, sd.image_processor.postprocess(sd.vae.decode(torch.zeros(1, 4, 16, 16)).sample, "pt"))
 
 
 def test_latents_of_a_step_that_the_loop_has_left(sd):
@@ -83,6 +104,23 @@ def test_decoding_pastes_nothing_into_the_latents(given):
     assert same(images, pipe.image_processor.postprocess(decoded, "pt"))
 
 
+def test_decoding_what_a_pipeline_returns_that_pastes_into_the_latents():
+    kind = diffusion.PIPELINES["inpaint"]
+    pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionInpaintPipeline)
+    model, starts = DiffusionModel(pipe), []
+    with model.generate(**kind.inputs() | {"output_type": "latent"}, seed=SEED) as run:
+        for _ in run.steps:
+            starts.append(run.unet.input[:1].clone())
+    images = model.decode(run.images, output_type="pt")
+    assert same(images, model.generate(**kind.inputs(), seed=SEED).images)
+    calls = []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, t, sample, **more: calls.append(sample) or step(output, t, sample, **more)
+    draw(pipe, kind.inputs())
+    del pipe.scheduler.step
+    assert same(starts, calls)
+
+
 def test_decoding_where_the_pipeline_puts_the_first_frame_before_the_latents():
     kind = diffusion.PIPELINES["ltx"]
     pipe = diffusion.quiet_pipeline(diffusers.LTXImageToVideoPipeline, **kind.build().components)
@@ -98,6 +136,60 @@ def test_latents_that_cannot_be_drawn(sd):
     assert "pass the arguments of the call that made them" in refusal(model.decode, torch.zeros(1, 4, 3, 3), **SD())
     for wrong in ("latents", [], [torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 4, 4)], None):
         assert refusal(model.decode, wrong).startswith("latents must be a tensor")
+
+
+def two_controlnets():
+    nets = [diffusion.controlnet_model(seed=3), diffusion.controlnet_model(seed=4)]
+    return diffusion.stable_diffusion_family(diffusers.StableDiffusionControlNetPipeline, controlnet=nets)
+
+
+def test_a_pipeline_that_cannot_make_a_single_step(sd):
+    sd.scheduler = diffusers.PNDMScheduler.from_config(sd.scheduler.config, skip_prk_steps=False)
+    latents = torch.zeros(1, 4, 16, 16)
+    assert "cannot make a single step" in refusal(DiffusionModel(sd).decode, latents)
+    model = DiffusionModel(two_controlnets())
+    assert "`image` must be type `list`). Pass the arguments of the call" in refusal(model.decode, latents)
+    images = model.decode(latents, image=[diffusion.IMAGE] * 2, output_type="pt")
+    with torch.no_grad():
+        assert same(images, sd.image_processor.postprocess(model.vae.decode(latents).sample, "pt"))
+
+
+def test_errors_of_an_edit_are_raised_unchanged(sd):
+    model = DiffusionModel(sd).edit(lambda run: [][run.encode_prompt.output[0].shape[0]])
+    for call in (lambda: model.decode(torch.zeros(1, 4, 16, 16)), lambda: model.encode("a red circle")):
+        with pytest.raises(IndexError):
+            call()
+
+
+def flux_inpainting():
+    parts = {name: part for name, part in diffusion.flux().components.items() if "image" not in name}
+    return diffusion.quiet_pipeline(diffusers.FluxInpaintPipeline, **parts)
+
+
+def video_from_an_image():
+    return diffusion.quiet_pipeline(diffusers.LTXImageToVideoPipeline, **diffusion.PIPELINES["ltx"].build().components)
+
+
+@pytest.mark.parametrize("build", [diffusion.controlnet, flux_inpainting, video_from_an_image])
+def test_a_prompt_is_encoded_without_the_images_that_a_pipeline_requires(build):
+    pipe = build()
+    with torch.no_grad():
+        want = pipe.encode_prompt(
+            prompt="a red circle",
+            device="cpu",
+            **{"prompt_2": None} if "prompt_2" in signature(pipe.encode_prompt).parameters else {},
+            **{"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+            if build is diffusion.controlnet
+            else {},
+        )
+    assert same(DiffusionModel(pipe).encode("a red circle"), want)
+
+
+def test_a_prompt_of_a_pipeline_that_needs_more():
+    model = DiffusionModel(two_controlnets())
+    assert "Pass what it needs, as in model.encode(prompt, image=image)" in refusal(model.encode, "a red circle")
+    embeddings, _ = model.encode("a red circle", image=[diffusion.IMAGE] * 2)
+    assert same(embeddings, DiffusionModel(diffusion.stable_diffusion()).encode("a red circle")[0])
 
 
 def test_a_prompt_is_encoded_as_the_pipeline_does_it(sd):
