@@ -97,8 +97,8 @@ class Steps:
                 if not flow.next_step():
                     has_ended = flow.outcome is None or flow.has_result
                     if has_ended and current_edit() is None:
-                        missed = flow.clock.index > flow.scope.step or flow.scope.step < 0
-                        if has_ended_before and (missed or 0 <= entered < flow.scope.step):
+                        missed = has_ended_before and (flow.clock.index > flow.scope.step or flow.scope.step < 0)
+                        if missed or (chosen == slice(None) and 0 <= entered < flow.scope.step):
                             self._warn_of_early_end(entered)
                         elif chosen != slice(None) and entered < 0:
                             self._warn_of_missed(first)

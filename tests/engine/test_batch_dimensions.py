@@ -24,7 +24,7 @@ from transformers import (
 
 from diffsight import Model
 from diffsight.engine import batch_dimensions, larger_batches
-from diffsight.errors import InputError
+from diffsight.errors import InputError, NeverReachedError
 from diffsight.extending import flow_of
 from models.nets import Noisy
 
@@ -848,7 +848,24 @@ def test_rows_chosen_by_their_numbers_stay_in_order(monkeypatch, is_large):
     assert torch.equal(row, whole[1:2])
 
 
-@pytest.mark.parametrize("draw", [torch.randn_like, lambda x: torch.empty_like(x).bernoulli_(0.5), nn.Dropout()])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        torch.randn_like,
+        lambda x: torch.empty_like(x).bernoulli_(0.5),
+        nn.Dropout(),
+        lambda x: torch.distributions.Normal(0.0, 1.0).sample(x.shape),
+        lambda x: torch.randint(0, 9, x.shape),
+        lambda x: torch.as_tensor(np.random.standard_normal(x.shape), dtype=x.dtype),
+        lambda x: nn.functional.gumbel_softmax(x, dim=-1),
+        lambda x: nn.utils.rnn.pad_packed_sequence(
+            nn.utils.rnn.pack_padded_sequence(
+                torch.randn_like(x), [5] * len(x), batch_first=True, enforce_sorted=False
+            ),
+            batch_first=True,
+        )[0],
+    ],
+)
 def test_rows_of_a_model_that_draws_random_numbers(draw):
     class Noises(nn.Module):
         def __init__(self):
@@ -862,3 +879,49 @@ def test_rows_of_a_model_that_draws_random_numbers(draw):
     with torch.no_grad(), Model(Noises()).trace(torch.randn(3, 5, 4)) as run:
         rows = [row.middle.output[0] for row in run.rows]
         assert torch.equal(torch.cat(rows), run.middle.output[0])
+
+
+def test_rows_of_layers_that_are_left_out_at_random():
+    class LayerDrop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.middle = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.middle(x) if torch.rand([]) > 0.5 else x
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        with torch.no_grad(), Model(LayerDrop()).trace(torch.randn(3, 4)) as run:
+            try:
+                whole = run.middle.output
+            except NeverReachedError:
+                continue
+            try:
+                assert torch.equal(run.rows[1].middle.output, whole[1:2])
+            except InputError as error:
+                assert "with a larger batch, the model does not call it" in str(error)
+
+
+@pytest.mark.parametrize(
+    "reorder",
+    [
+        lambda x: x[torch.arange(len(x) - 1, -1, -1)],
+        lambda x: torch.concat([x[1:], x[:1]]),
+        lambda x: torch.vstack([x[1:], x[:1]]),
+        lambda x: torch.stack([*x][::-1]),
+        lambda x: torch.index_select(input=x, dim=0, index=torch.tensor([1, 2, 0])),
+        torch.flipud,
+    ],
+)
+def test_large_models_that_reorder_their_batch(monkeypatch, reorder):
+    class Reorders(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.middle = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.middle(reorder(x))
+
+    monkeypatch.setattr(larger_batches, "_SMALL", 0)
+    assert row_of(Reorders(), torch.randn(3, 4))[0] is None

@@ -213,6 +213,9 @@ def test_envoys_have_the_class_of_their_module():
                 isinstance(module, kind) for module in net.modules()
             ]
         assert not isinstance(model, nn.Module) and isinstance(run.last, nn.Tanh) and type(run.last) is type(run.named)
+        assert "output" in dir(run.last)
         with pytest.raises(InputError, match=r"Model wraps a torch.nn.Module"):
             Model(run.last)
-    assert "output" in dir(model.last) and isinstance(model.last, nn.Module)
+    probe = nn.Linear(4, 4)
+    probe.site = model.last  # outside of runs, an envoy is no module: it does not become a part of the probe
+    assert not isinstance(model.last, nn.Module) and [*probe.children()] == []

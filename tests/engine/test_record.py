@@ -1,10 +1,11 @@
 """Records of many points, compared with hand-written hooks."""
 
-from collections import UserDict
+from collections import OrderedDict, UserDict
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError, RunClosedError, UnknownKeyError
@@ -42,6 +43,8 @@ def test_items_counted_from_the_end(net, x):
     assert model["layers[-3].leaf"].path == "layers[0].leaf"
     with pytest.raises(PointNotFoundError, match="layers has no '-4'"):
         model.find_points("layers[-4]")
+    named = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), last=nn.Tanh()))
+    assert Model(named).find_points("[0]") == ["first.output"] and Model(named).find_points("[-1]") == ["last.output"]
 
 
 def test_values_are_those_the_model_goes_on_with(net, x):

@@ -306,6 +306,9 @@ def test_a_loop_that_the_model_has_left_behind(generate):
         run.result
         with pytest.warns(RuntimeWarning, match=r"ended after 0 steps"):
             assert list(run.steps) == []
+    with generate() as run, pytest.warns(RuntimeWarning, match=r"ended after 1 step, because .*another loop"):
+        for _ in run.steps:
+            assert [step.index for step in run.steps] == [1, 2, 3]
     with generate() as run, warnings.catch_warnings(action="error"):
         for step in run.steps:
             if step.index == 3:

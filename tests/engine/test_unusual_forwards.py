@@ -244,6 +244,11 @@ def test_a_forward_that_takes_a_list():
     net, views = TakesAList(), [torch.randn(2, 4), torch.randn(2, 4)]
     assert torch.equal(Model(net).trace(views).result, net(views))
     assert torch.equal(Model(net).trace(views=views).result, net(views))
+    for annotation in (list[torch.Tensor] | None, "Optional[List[Tensor]]", "t.Union[torch.Tensor, t.List[Tensor]]"):
+        kind = type("Annotated", (TakesAList,), {"forward": lambda self, views: TakesAList.forward(self, views)})
+        kind.forward.__annotations__["views"] = annotation
+        assert Model(kind()).trace(views).result.shape == (2, 4)
+    assert torch.equal(Model(torch.compile(net, backend="eager")).trace(views).result, net(views))
     plain = Model(nn.Sequential(nn.Linear(4, 4)))
     assert torch.equal(plain.trace(views).result, plain(torch.cat(views)))
     with pytest.raises(InputError, match=r"do not form a batch.*takes a list, pass it by name: input=\[\.\.\.\]"):
