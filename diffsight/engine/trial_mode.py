@@ -100,7 +100,7 @@ class TrialMode(TorchFunctionMode):
         return result
 
     def _is_batch(self, value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.shape[:1] == (self._size,)
+        return isinstance(value, torch.Tensor) and not value.is_nested and value.shape[:1] == (self._size,)
 
     def _moves_rows(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function may put the entries of the batch in another order."""
@@ -120,9 +120,11 @@ class TrialMode(TorchFunctionMode):
     def _cuts_rows(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function always puts entries in another order, or takes tensors apart or together."""
         place = _CUTTING.get(name) or _JOINING.get(name)
-        values = args[0] if args else kwargs.get("input", kwargs.get("tensors"))
-        parts = [part for part in tree_leaves(values) if isinstance(part, torch.Tensor) and part.ndim]
-        if place is None or not parts:
+        if place is None:
+            return False
+        values = tree_leaves(args[0] if args else kwargs.get("input", kwargs.get("tensors")))
+        parts = [part for part in values if isinstance(part, torch.Tensor) and part.ndim and not part.is_nested]
+        if not parts:
             return False
         ndim = max(part.ndim for part in parts) + (name == "stack")  # an empty one may have fewer
         if 0 not in _dimensions(args, kwargs, ndim, *place):

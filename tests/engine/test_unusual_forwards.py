@@ -225,6 +225,7 @@ def test_nested_tensors_between_layers():
         assert torch.equal(run.result, expected)
         with pytest.raises(InputError, match="is a nested tensor, which cannot be cut into rows"):
             with Model(net).trace(x, src_key_padding_mask=padding) as run:
+                assert torch.equal(run.rows[1].layers[0].input[0], x[1])
                 run.rows[1].layers[0].output
         with pytest.raises(AssignmentError, match=r"has the shape \(\(5, 8\), \(3, 8\)\), but \(2, 5, 8, 1\) was"):
             with Model(net).trace(x, src_key_padding_mask=padding) as run:
