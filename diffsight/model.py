@@ -252,18 +252,16 @@ def _batch(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     the number of batch entries of each input."""
     first = args[0] if args else next(iter(kwargs.values()), None)
     if args and isinstance(first, list) and first and all(map(_has_rows, first)):
-        parameter = next((p for p in _parameters(function) if p.kind is not p.VAR_POSITIONAL), None)
+        parameter = next(iter(_parameters(function)), None)
         if parameter is not None and re.search(_LIST, str(parameter.annotation)):
             return args, []
         try:
             return (torch.cat(first), *args[1:]), [len(x) for x in first]
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(x.shape)) for x in first)
-            by_name = f": {parameter.name}=[...]" if parameter else ""
-            raise InputError(
-                f"the inputs do not form a batch: their shapes are {shapes}. If the module itself takes a list, pass "
-                f"it by name{by_name}"
-            ) from error
+            has_name = parameter is not None and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            hint = f". If the module itself takes a list, pass it by name: {parameter.name}=[...]" if has_name else ""
+            raise InputError(f"the inputs do not form a batch: their shapes are {shapes}{hint}") from error
     return args, [1] * first.shape[0] if _has_rows(first) else []
 
 
@@ -273,12 +271,16 @@ def _has_rows(value: Any) -> bool:
 
 def _check_grad(function: Callable, grad: bool) -> None:
     """Raise InputError if `grad=True` may be meant for the function, which has an argument of that name."""
-    names = [] if grad is False else [parameter.name for parameter in _parameters(function)]
-    if "grad" in names:
-        raise InputError(
-            "grad= enables gradients in the run, but the module has an argument of that name too. Pass that by "
-            f"position, as argument {names.index('grad') + 1}, or open the run under torch.enable_grad()"
-        )
+    parameters = [] if grad is False else _parameters(function)
+    for place, parameter in enumerate(parameters, 1):
+        if parameter.name == "grad":
+            instead = f"pass that by position, as argument {place}"
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                instead = "bind that: module.forward = functools.partial(module.forward, grad=...)"
+            raise InputError(
+                f"grad= enables gradients in the run, but the module has an argument of that name too: {instead}. To "
+                "enable gradients in the run, open it under torch.enable_grad()"
+            )
 
 
 def _parameters(function: Callable) -> list[inspect.Parameter]:

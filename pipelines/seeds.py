@@ -10,7 +10,8 @@ from diffsight.errors import InputError
 
 _BLOCK_SIZE = 624  # of a Mersenne Twister
 _MOST_BLOCKS = 2**20  # a generator that has drawn more, or was set to another state, is not compared
-_PLACE, _BLOCK = slice(8, 24), slice(24, 24 + 8 * _BLOCK_SIZE)  # in the bytes of a generator's state
+# In the bytes of a generator's state: how many numbers of the block are left and whether a normal one is kept; the block.
+_PLACE, _BLOCK = [*range(8, 24), *range(5040, 5044)], slice(24, 24 + 8 * _BLOCK_SIZE)
 
 
 def check_seed(seed: Any) -> None:
@@ -50,7 +51,7 @@ def have_drawn_alike(generators: Sequence[torch.Generator]) -> bool:
     Each makes its numbers in blocks. Its state holds the current block, and how many numbers of it are left, but not
     how many blocks it has made: these are counted by making them again."""
     states = [generator.get_state() for generator in generators]
-    if len({bytes(state[_PLACE]) for state in states}) > 1:
+    if len({bytes(state[_PLACE].tolist()) for state in states}) > 1:
         return False
     replayed = [torch.Generator("cpu").manual_seed(generator.initial_seed()) for generator in generators]
     numbers = torch.empty(_BLOCK_SIZE, dtype=torch.int32, device="cpu")

@@ -20,7 +20,7 @@ from diffsight.engine.changes_in_place import is_in_place
 _READING = {"item", "tolist", "numpy", "__int__", "__index__"}  # functions that return numbers of a tensor
 _SETTING = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # those that change one
 _CHOOSING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
-_DRAWING = {"rand", "rand_like", "randn", "randn_like", "normal_", "uniform_", "bernoulli_", "exponential_"}
+_DRAWING = {"rand", "rand_like", "randn", "randn_like", "normal_", "uniform_", "bernoulli_", "exponential_"}  # afresh
 _DROPPING = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 _ATTENTION, _ITS_DROPOUT = "scaled_dot_product_attention", 4  # the function and the place of its argument `dropout_p`
 # Functions that may put entries in another order, as other values say: where the dimension stands, and its default.
@@ -40,11 +40,19 @@ _CUTTING = {
     "flip": (1, None),
     "flipud": (1, 0),
     "roll": (2, 0),
+    "rot90": (2, 0),
     "chunk": (2, 0),
     "split": (2, 0),
     "tensor_split": (2, 0),
 }
-_JOINING = {"cat": (1, 0), "concat": (1, 0), "concatenate": (1, 0), "vstack": (1, 0), "stack": (1, 0)}
+_JOINING = {
+    "cat": (1, 0),
+    "concat": (1, 0),
+    "concatenate": (1, 0),
+    "vstack": (1, 0),
+    "row_stack": (1, 0),
+    "stack": (1, 0),
+}
 _CHOOSING_NUMBERS = {"randperm", "randint", "randint_like", "multinomial", "random_"}  # perhaps those of entries
 
 
@@ -95,7 +103,10 @@ class TrialMode(TorchFunctionMode):
         result = function(*args, **kwargs)
         if name == "arange" and len(args) == 1 and "step" not in kwargs:
             self._ranges.append(result)
-        elif name in _DRAWING and self._is_batch(result) and not result.is_meta:
+        elif is_in_place(name) or name in _SETTING:
+            changed = {_memory_of(leaf) for leaf in tree_leaves(args[:1]) if isinstance(leaf, torch.Tensor)}
+            self._ranges = [one for one in self._ranges if _memory_of(one) not in changed]
+        if name in _DRAWING and self._is_batch(result) and not result.is_meta:
             result[self._total :] = torch.stack([result[self._total - 1], result[0]])[: self._size - self._total]
         return result
 
@@ -105,10 +116,13 @@ class TrialMode(TorchFunctionMode):
     def _moves_rows(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function may put the entries of the batch in another order."""
         value = args[0] if args else kwargs.get("input")
+        if name == "embedding":
+            return self._is_batch(args[1] if len(args) > 1 else kwargs.get("weight"))
         if not self._is_batch(value):
             return False
         if name in ("__getitem__", "__setitem__"):
-            first = args[1][0] if type(args[1]) is tuple and args[1] else args[1]
+            items = args[1] if type(args[1]) is tuple else (args[1],)
+            first = next((item for item in items if item is not None), None)
             return _is_of_numbers(first) and not self._is_range(first)
         return name in _MOVING and 0 in _dimensions(args, kwargs, value.ndim, *_MOVING[name])
 
@@ -123,13 +137,12 @@ class TrialMode(TorchFunctionMode):
         if place is None:
             return False
         values = tree_leaves(args[0] if args else kwargs.get("input", kwargs.get("tensors")))
-        parts = [part for part in values if isinstance(part, torch.Tensor) and part.ndim and not part.is_nested]
-        if not parts:
+        parts = [part for part in values if isinstance(part, torch.Tensor) and not part.is_nested]
+        ndim = max((part.ndim for part in parts), default=0)  # an empty one may have fewer
+        is_stack = name == "stack" or (name in ("vstack", "row_stack") and ndim < 2)
+        if not ndim + is_stack or 0 not in _dimensions(args, kwargs, ndim + is_stack, *place):
             return False
-        ndim = max(part.ndim for part in parts) + (name == "stack")  # an empty one may have fewer
-        if 0 not in _dimensions(args, kwargs, ndim, *place):
-            return False
-        count = len(parts) if name == "stack" else sum(part.shape[0] for part in parts)
+        count = len(parts) if is_stack else sum(part.shape[0] for part in parts if part.ndim)
         return count == self._size if name in _JOINING else count % self._size == 0
 
     def _trains(self, name: str, args: tuple, kwargs: dict) -> bool:

@@ -25,7 +25,7 @@ from diffsight.pipelines.diffusion.components import GUIDERS_METHODS, TEXT_EMBED
 from diffsight.pipelines.diffusion.prompts import as_read, text_tokenizer
 
 COND, UNCOND = "cond", "uncond"
-PERTURBED = "perturbed"  # a copy of the conditional branch, whose attention a pipeline with a `pag_scale` perturbs
+_PERTURBED = "perturbed"  # a copy of the conditional branch, whose attention a pipeline with a `pag_scale` perturbs
 VIDEO = 5  # dimensions of the latents of videos: batch, channels, frames, height, width
 
 BatchLayout = tuple[tuple[str, int], ...]  # for each entry of a batch, its branch and the index of its prompt
@@ -202,7 +202,7 @@ class BatchLayouts:
 
     def _fits(self, value: Embeddings, texts: dict[str, Embeddings], position: int, entry: tuple[str, int]) -> bool:
         branch, prompt = entry
-        text, total = texts.get(COND if branch == PERTURBED else branch), self.prompts * self.images
+        text, total = texts.get(COND if branch == _PERTURBED else branch), self.prompts * self.images
         if text is None or len(text) not in (self.prompts, total):
             return False
         given, text = value[position], text[prompt * (len(text) // self.prompts)]
@@ -212,7 +212,7 @@ class BatchLayouts:
         """Return the layouts that a batch of this size may have, the more common ones first."""
         cond, uncond, perturbed = (
             tuple((branch, prompt) for prompt in range(self.prompts) for _ in range(repeats))
-            for branch in (COND, UNCOND, PERTURBED)
+            for branch in (COND, UNCOND, _PERTURBED)
         )
         layouts = [cond, uncond, uncond + cond, cond + uncond]
         layouts += [cond + perturbed, uncond + cond + perturbed] if has_perturbed else []

@@ -20,7 +20,7 @@ def cached_parts(pipeline: Any) -> dict[str, nn.Module]:
 def caches_emptied(pipeline: Any) -> Iterator[None]:
     """Empty the caches if the block ends early, with an error or because its run is stopped.
 
-    A pipeline empties them only when its call ends. They would change the next call."""
+    A pipeline empties them only when its call ends. Otherwise they would change the next call."""
     try:
         yield
     except BaseException:

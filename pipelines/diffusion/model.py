@@ -180,13 +180,13 @@ class DiffusionModel(HasEncoders, Model):
         Args:
             args, kwargs: The arguments of the pipeline. Its defaults are kept.
             seed: Image *i* of the call gets `seed + i`. A list has one seed per image. The generators are on the CPU,
-                so that a seed produces the same image on every device and in every batch. A pipeline that encodes a
-                given image once for several seeds raises InputError before its first step.
+                so that a seed produces the same image on every device and in every batch.
             grad: Whether gradients can flow from the images to any value in the run.
 
         Raises:
             InputError: The pipeline has no such argument, a prompt is too long for every tokenizer, or a seed
-                is not valid. Nothing has run yet.
+                is not valid. Nothing has run yet. Or the pipeline encodes a given image once for several seeds, which
+                shows before its first step.
         """
         arguments, seeds = self._checked(args, seed, kwargs)
         is_modular = isinstance(self._owner, ModularPipeline)
@@ -233,6 +233,8 @@ class DiffusionModel(HasEncoders, Model):
 
             embeddings, negative = model.encode("a red circle")     # of Stable Diffusion
 
+        Images that the pipeline requires, and that do not change the embeddings, may be left out.
+
         Args:
             prompt: The prompt, or several.
             arguments: Other arguments of the pipeline, such as `negative_prompt`.
@@ -243,17 +245,17 @@ class DiffusionModel(HasEncoders, Model):
 
         Raises:
             InputError: The pipeline has no `encode_prompt`, the prompt is not valid, or the pipeline needs other
-                arguments. Images that it requires, and that do not change the embeddings, may be left out.
+                arguments.
         """
         if "encode_prompt" not in self._tree.methods_of(self._owner):
             raise InputError(
                 f"{type(self._owner).__name__} has no encode_prompt: read the outputs of its text encoders in a run"
             )
         arguments["prompt"] = prompt
-        errors = []
-        for stand_ins in ({}, images_beside_prompt(self._owner)):  # an image only if it is needed
+        errors, stand_ins = [], images_beside_prompt(self._owner)
+        for given in [{}, stand_ins] if stand_ins.keys() - arguments.keys() else [{}]:  # an image only if it is needed
             try:
-                return self._encoded(stand_ins | arguments)
+                return self._encoded(given | arguments)
             except CALL_ERRORS as error:
                 if not is_of_pipeline(error):
                     raise

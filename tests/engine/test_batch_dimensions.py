@@ -912,6 +912,11 @@ def test_rows_of_layers_that_are_left_out_at_random():
         lambda x: torch.stack([*x][::-1]),
         lambda x: torch.index_select(input=x, dim=0, index=torch.tensor([1, 2, 0])),
         torch.flipud,
+        lambda x: torch.rot90(x, 2),
+        lambda x: torch.vstack([*x][::-1]),
+        lambda x: x[None, torch.tensor([1, 2, 0])][0],
+        lambda x: nn.functional.embedding(torch.tensor([1, 2, 0]), x),
+        lambda x: x[torch.arange(len(x)).mul_(2).remainder_(len(x))],
     ],
 )
 def test_large_models_that_reorder_their_batch(monkeypatch, reorder):

@@ -103,6 +103,10 @@ def test_generators_that_have_drawn_alike(block):
     assert have_drawn_alike(made)
     torch.rand(block, generator=made[1])
     assert not have_drawn_alike(made)
+    made = generators([3, 4])
+    for count, one in enumerate(made, 1):  # normal numbers are made in pairs
+        torch.randn(count, generator=one)
+    assert not have_drawn_alike(made)
 
 
 def test_encoded_prompts_are_counted(sd):
