@@ -10,7 +10,7 @@ from diffsight.errors import InputError
 
 _BLOCK_SIZE = 624  # of a Mersenne Twister
 _MOST_BLOCKS = 2**20  # a generator that has drawn more, or was set to another state, is not compared
-# In the bytes of a generator's state: how many numbers of the block are left and whether a normal one is kept; the block.
+# In the bytes of a generator's state: how many numbers of the block are left, whether a normal one is kept; the block.
 _PLACE, _BLOCK = [*range(8, 24), *range(5040, 5044)], slice(24, 24 + 8 * _BLOCK_SIZE)
 
 

@@ -7,6 +7,7 @@ optionally a number of runs. A key of this length does not need a slower hash.
 """
 
 import hmac
+import os
 import secrets
 import tempfile
 from collections.abc import Mapping
@@ -82,12 +83,13 @@ def add_key(file: str | Path, name: str, runs: int = _DEFAULT_RUNS) -> str:
         raise InputError(f"a key allows 1 run or more at once, not {runs}")
     key = _PREFIX + secrets.token_urlsafe(32)
     lines = [*(f"{one.name} {one.digest} {one.runs}" for one in known), f"{name} {hash_of(key)} {runs}"]
+    target = Path(os.path.realpath(path))  # the file behind a link
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            new = Path(beside) / path.name
+        with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+            new = Path(beside) / target.name
             new.touch(mode=0o600)
             new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            new.replace(path)
+            new.replace(target)
     except OSError as error:
         if not path.parent.exists():
             raise InputError(f"the folder {path.parent} does not exist: create it, or choose another file") from None

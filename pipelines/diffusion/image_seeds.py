@@ -61,7 +61,7 @@ def _is_about_images(error: Exception) -> bool:
 
 def _refusal(pipeline: Any, count: int, reason: str) -> str:
     given = [name for name in ("prompt", "image", "video") if name in argument_names(pipeline)]
-    each, listed = (" and ".join(f"one {name}" for name in given), ", ".join(f"{n}=[{n}] * {count}" for n in given))
-    advice = f"Pass {each} for each seed, as in {listed}, or draw" if given else "Draw"
+    listed = ", ".join(f"{name}=[{name}] * {count}" for name in given)
+    advice = f", or pass one of each given input for each seed ({listed}) if the pipeline takes that" if given else ""
     title = type(pipeline).__name__
-    return f"{title} cannot draw from {count} seeds in this call: {reason}. {advice} from one seed in each run"
+    return f"{title} cannot draw from {count} seeds in this call: {reason}. Draw from one seed in each run{advice}"

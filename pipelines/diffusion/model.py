@@ -260,9 +260,9 @@ class DiffusionModel(HasEncoders, Model):
                 if not is_of_pipeline(error):
                     raise
                 errors.append(error)
+        advice = ". Pass what it needs, as in model.encode(prompt, image=image)" if stand_ins else ""
         raise InputError(
-            f"{type(self._owner).__name__} cannot be called with these arguments and its defaults ({errors[0]}). Pass "
-            "what it needs, as in model.encode(prompt, image=image)"
+            f"{type(self._owner).__name__} cannot be called with these arguments and its defaults ({errors[0]}){advice}"
         ) from errors[0]
 
     def _encoded(self, arguments: dict[str, Any]) -> Any:

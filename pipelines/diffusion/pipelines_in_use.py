@@ -74,11 +74,12 @@ def _changing_parts(pipeline: DiffusionPipeline) -> list[Any]:
 def _check_no_cache(pipeline: DiffusionPipeline) -> None:
     """Raise InputError if a component has a cache, which holds the values of a single call."""
     for held in filter(is_pipeline, stateful_parts(pipeline)):
-        for name in cached_parts(held):
+        for name, part in cached_parts(held).items():
+            is_enabled = getattr(part, "is_cache_enabled", False)  # not if `apply_...` of diffusers has put it on
+            or_else = f", or turn the cache off with {name}.disable_cache()" if is_enabled else ""
             raise InputError(
                 f"{type(held).__name__} cannot be called while another call is in progress, because the cache of its "
-                f"{name} holds the values of one call. Make one call after the other, or turn the cache off with "
-                f"{name}.disable_cache()"
+                f"{name} holds the values of one call. Make one call after the other{or_else}"
             )
 
 

@@ -84,7 +84,7 @@ def test_an_image_that_is_encoded_once_for_several_seeds_is_passed_for_each(name
     several = {"num_videos_per_prompt" if name == "ltx" else "num_images_per_prompt": 2}
     for given in (several, {"prompt": [inputs["prompt"]] * 2}):
         with pytest.raises(
-            InputError, match=r"cannot draw from 2 seeds .* image=\[image\] \* 2, or draw from one seed"
+            InputError, match=r"cannot draw from 2 seeds .* Draw from one seed in each run, or .* image=\[image\] \* 2"
         ):
             with model.generate(**{**inputs, **given}, seed=5) as run:
                 run[diffusion.PIPELINES[name].denoiser].output

@@ -90,7 +90,8 @@ def test_decoding_fits_the_image_that_a_pipeline_requires_to_the_latents():
     model = DiffusionModel(kind.build())
     with model.generate(**kind.inputs(), seed=SEED) as run:
         latents = [step.latents for step in run.steps]
-    assert same(model.decode(latents[-1], output_type="pt"), run.images)
+    for given in ({}, {"strength": 0.5}):  # which would leave no step
+        assert same(model.decode(latents[-1], output_type="pt", **given), run.images)
 
 
 @pytest.mark.parametrize("given", [{}, {"image": diffusion.IMAGE, "mask_image": diffusion.MASK}])
@@ -194,6 +195,7 @@ def test_a_prompt_of_a_pipeline_that_needs_more():
 
 def test_a_prompt_is_encoded_as_the_pipeline_does_it(sd):
     model = DiffusionModel(sd)
+    assert refusal(model.encode, "a", negative_prompt=["b", "c"]).endswith(")")  # no advice to pass an image
     embeddings, negative = model.encode("a red circle", guidance_scale=5.0)
     assert not embeddings.requires_grad
     with torch.no_grad():

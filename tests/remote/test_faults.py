@@ -384,7 +384,10 @@ def test_a_file_of_keys_that_is_wrong(tmp_path):
         add_key(tmp_path / "none" / "keys.txt", "bob")
     with pytest.raises(InputError, match=r"keys.txt cannot be written: Not a directory"):
         add_key(tmp_path / "others.txt" / "keys.txt", "bob")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["keys.txt", "others.txt"]
+    (tmp_path / "link.txt").symlink_to("others.txt")
+    add_key(tmp_path / "link.txt", "carol")
+    assert (tmp_path / "link.txt").is_symlink() and "carol" in (tmp_path / "others.txt").read_text()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["keys.txt", "link.txt", "others.txt"]
 
 
 def test_no_server():
