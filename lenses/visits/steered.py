@@ -59,14 +59,18 @@ class Steering:
         where = self._where(visit)
         return None if where is None else torch.where(where, self._moved(visit), visit.value)
 
-    def step_check(self) -> Callable[[int], None]:
+    def step_check(self) -> Callable[[int], None] | None:
         """Return a function that takes the number of steps of a run of a language model, and warns of chosen steps that
-        the run did not have, at the line of the user's code that is being executed now."""
+        the run did not have, at the line of the user's code that is being executed now.
+
+        Return None if there is nothing to check: the model is another one, or all steps are chosen."""
+        if self.steps is None or not isinstance(self.model, LanguageModel):
+            return None
         frame, _ = users_frame()
         return partial(self._warn_of_steps, frame.f_code.co_filename, frame.f_lineno)
 
     def _warn_of_steps(self, file: str, line: int, count: int) -> None:
-        items = [] if self.steps is None else check_steps(self.steps)
+        items = check_steps(self.steps)
         missed = [str(item) for item in items if not any(is_among(step, [item]) for step in range(count))]
         if missed:
             which = ", ".join(missed if len(missed) < 4 else [*missed[:2], "…", missed[-1]])

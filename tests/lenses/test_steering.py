@@ -252,3 +252,7 @@ def test_a_warning_of_steps_that_a_generation_did_not_have(model, steps, said):
 def test_no_warning_of_steps_that_a_generation_had(model, steps, recwarn):
     steer(model, 1, VECTOR, steps=steps).generate(PROMPTS[0], max_new_tokens=2).result
     assert not [one for one in recwarn if "steered" in str(one.message)]
+
+
+def test_steps_are_counted_only_where_some_are_chosen(model):
+    assert len(steer(model, 0, VECTOR).edits) == 1 and len(steer(model, 0, VECTOR, steps=0).edits) == 2
