@@ -84,4 +84,4 @@ def steer(
     if number is None or not math.isfinite(number):
         raise InputError(f"factor is a finite number, not {factor!r}")
     steering = find_steering(model, layers, vector, number, positions, mode, steps, keep_norm)
-    return visiting(model, steering.points, steering.change, branch, steering.step_check())
+    return visiting(model, steering.points, steering.change, branch, steering.step_check(), required=True)

@@ -172,7 +172,7 @@ def steering_sweep(
             for start in range(0, len(wanted), size):
                 some = torch.tensor(wanted[start : start + size], dtype=torch.float)
                 part = find_steering(model, layers, vector, some, positions, mode, steps, keep_norm)
-                steered = visiting(model, part.points, part.change, branch, part.step_check())
+                steered = visiting(model, part.points, part.change, branch, part.step_check(), required=True)
                 found[-1] += run(steered, text, len(some), seed, arguments)
                 bar.update(len(some))
     rows = tuple(map(tuple, found))

@@ -55,6 +55,16 @@ def test_every_vector_is_where_it_says(model, hooked, branch, branches):
     assert found.where(MID, prompt=1, step=2).shape == (64 * len(branches), 32)
 
 
+def test_both_branches_without_guidance_are_the_conditional_one(model):
+    call = CALL | {"guidance_scale": 1.0}
+    both, cond = (
+        collect_activations(model, PROMPTS[0], layers=[MID, LAYER], branch=b, **call) for b in ("both", "cond")
+    )
+    for point in (MID, LAYER):
+        assert torch.equal(both[point], cond[point]) and torch.equal(both.origins[point], cond.origins[point])
+    assert len(both[MID]) == 3 * 64
+
+
 def test_sampled_positions_and_chosen_steps(model, hooked):
     options = {"layers": [MID, LAYER], "steps": [0, -1], "sample": 5, "seed": 4, "dtype": torch.float16}
     found = collect_activations(model, PROMPTS, **options, **CALL)

@@ -1,5 +1,6 @@
 """Steering a pipeline at any point, compared with plain hooks on the bare pipeline."""
 
+import diffusers
 import pytest
 import torch
 
@@ -246,7 +247,43 @@ def test_a_block_that_returns_text_and_image_needs_to_be_told_which():
 def test_a_run_without_guidance_has_no_unconditional_branch(model, path):
     steered = steer(model, path, vector(32), branch="uncond")
     with pytest.raises(InputError, match="there is no unconditional branch at that point: guidance is off"):
-        steered.generate("a circle", seed=SEED, guidance_scale=1.0, num_inference_steps=2).result
+        steered.generate("a circle", seed=SEED, guidance_scale=1.0, num_inference_steps=3).result
+
+
+def two_denoisers():
+    kind = diffusion.PIPELINES["wan"]
+    parts = kind.build().components | {"transformer_2": kind.build().transformer}
+    pipe = diffusers.WanPipeline(**parts, boundary_ratio=0.5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, kind.inputs() | {"num_inference_steps": 4}
+
+
+def test_the_unconditional_branch_of_a_second_denoiser():
+    """It runs in the last steps only, in two calls: the conditional branch first."""
+    pipe, call = two_denoisers()
+    direction, calls = vector(32), []
+
+    def hook(module, args, output):
+        calls.append(output)
+        return output + direction if len(calls) % 2 == 0 else None
+
+    handle = pipe.transformer_2.blocks[0].register_forward_hook(hook)
+    want = draw(pipe, call)
+    handle.remove()
+    assert 0 < len(calls) < 8
+    steered = steer(DiffusionModel(pipe), "transformer_2.blocks[0]", direction, branch="uncond")
+    assert torch.equal(torch.as_tensor(steered.generate(**call, seed=SEED).result.frames), torch.as_tensor(want))
+    with pytest.raises(InputError, match=r"uncond.transformer_2.blocks\[0\] was asked for, but there is no uncond"):
+        steered.generate(**call | {"guidance_scale": 1.0}, seed=SEED).finish()
+
+
+def test_a_stopped_run_may_have_no_unconditional_branch_so_far():
+    pipe, call = two_denoisers()
+    model = DiffusionModel(pipe)
+    for path in ("transformer_2.blocks[0]", "text_encoder.layers[0]"):
+        with steer(model, path, vector(32), branch="uncond").generate(**call, seed=SEED) as run:
+            assert run.cond.transformer.blocks[0].output is not None
+            run.stop()
 
 
 def test_an_unconditional_pipeline_has_one_branch():
