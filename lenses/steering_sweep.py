@@ -7,7 +7,7 @@ The strengths of a prompt are rows of one call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def steering_sweep(
             found.append([])
             for start in range(0, len(wanted), size):
                 some = torch.tensor(wanted[start : start + size], dtype=torch.float)
-                part = find_steering(model, layers, vector, some, positions, mode, steps, keep_norm)
+                part = replace(steering, factors=some)
                 steered = visiting(model, part.points, part.change, branch, part.step_check(), required=True)
                 found[-1] += run(steered, text, len(some), seed, arguments)
                 bar.update(len(some))

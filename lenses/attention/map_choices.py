@@ -18,13 +18,13 @@ _KEPT = ("steps", "layers", "heads")
 
 def check_maps(
     lens: str, model: Any, prompt: Any, steps: Steps, seed: Any, keep: Any, arguments: Mapping[str, Any]
-) -> None:
-    """Raise InputError for an argument that no attention map can take."""
+) -> list[int | slice]:
+    """Return the items of `steps`. Raise InputError for an argument that no attention map can take."""
     check_call(lens, model, prompt, seed, None, arguments)
     if keep is not None and keep not in _KEPT:
         raise InputError(f"keep: there is no {keep!r}{suggest(str(keep), _KEPT)}, only {', '.join(_KEPT)}")
     model.check(prompt=prompt, seed=seed, **arguments)
-    check_steps_ahead(steps, model, arguments)
+    return check_steps_ahead(steps, model, arguments)
 
 
 def chosen_attentions(

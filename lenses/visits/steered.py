@@ -35,9 +35,9 @@ class Steering:
         points: The points.
         vectors: The vector of each point, (features,), or (steps, features).
         factors: The factor of the vectors, or one factor for each row of the batch, (rows,).
-        positions: As in `steer`.
+        positions: The positions, or a mask over the image, (rows, columns). None means all.
         mode: "add" or "remove".
-        steps: As in `steer`.
+        steps: The denoising steps or generated tokens. None means all.
         keep_norm: Whether each vector of a value keeps its length.
         timesteps: The timesteps that vectors of several steps belong to.
     """
@@ -46,9 +46,9 @@ class Steering:
     points: tuple[NamedPoint, ...]
     vectors: Mapping[PointName, torch.Tensor]
     factors: float | torch.Tensor
-    positions: Positions
+    positions: list[int] | torch.Tensor | None
     mode: str
-    steps: Steps
+    steps: list[int | slice] | None
     keep_norm: bool
     timesteps: tuple[float, ...] | None = None
 
@@ -70,8 +70,7 @@ class Steering:
         return partial(self._warn_of_steps, frame.f_code.co_filename, frame.f_lineno)
 
     def _warn_of_steps(self, file: str, line: int, count: int) -> None:
-        items = check_steps(self.steps)
-        missed = [str(item) for item in items if not any(is_among(step, [item]) for step in range(count))]
+        missed = [str(item) for item in self.steps if not any(is_among(step, [item]) for step in range(count))]
         if missed:
             which = ", ".join(missed if len(missed) < 4 else [*missed[:2], "…", missed[-1]])
             ran = f"{count} steps, 0 to {count - 1}" if count > 1 else "1 step, 0"
@@ -128,7 +127,7 @@ class Steering:
         if isinstance(self.model, LanguageModel):
             is_prompt = visit.step.index == 0 and visit.call == 0
             return self._where_in_prompts(visit) if is_prompt else None
-        if isinstance(self.positions, torch.Tensor) and self.positions.ndim == 2:
+        if isinstance(self.positions, torch.Tensor):
             return region(self.model, visit, self.positions)
         return where_in_sequence(visit, self.positions)
 
@@ -172,9 +171,8 @@ def find_steering(
     else:
         vectors = {point.name: vectors[point.name] for point in points}
     _check_width(model, points, vectors)
-    _check_steps(model, points, steps)
-    _check_positions(model, positions)
-    return Steering(model, points, vectors, factors, positions, mode, steps, keep_norm, timesteps)
+    chosen, places = _checked_steps(model, points, steps), _checked_positions(model, positions)
+    return Steering(model, points, vectors, factors, places, mode, chosen, keep_norm, timesteps)
 
 
 def check_vector(vector: Any) -> torch.Tensor:
@@ -198,10 +196,11 @@ def _check_width(model: Any, points: Sequence[NamedPoint], vectors: Mapping[Poin
             raise InputError(f"the vector has {found} features, but hidden states have {width}")
 
 
-def _check_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> None:
+def _checked_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> list[int | slice] | None:
     if steps is None:
-        return
-    bounds = [bound for item in check_steps(steps) for bound in _bounds(item)]
+        return None
+    items = check_steps(steps)
+    bounds = [bound for item in items for bound in _bounds(item)]
     if isinstance(model, LanguageModel) and any(bound is not None and bound < 0 for bound in bounds):
         raise InputError(
             "steps cannot be negative here: step 0 is the prompt, and it is not known in advance how many tokens follow"
@@ -209,22 +208,23 @@ def _check_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> None
     for point in points:
         if not is_in_steps(model, point):
             raise InputError(f"{point.name} does not run in steps: omit steps")
+    return items
 
 
 def _bounds(item: int | slice) -> tuple[int | None, ...]:
     return (item.start, item.stop) if isinstance(item, slice) else (item,)
 
 
-def _check_positions(model: Any, positions: Positions) -> None:
+def _checked_positions(model: Any, positions: Positions) -> list[int] | torch.Tensor | None:
     if positions is None:
-        return
+        return None
     if isinstance(positions, torch.Tensor) and positions.ndim == 2:
         if not isinstance(model, DiffusionModel):
             raise InputError("a mask over an image is for pipelines: pass the positions of tokens")
         if positions.dtype != torch.bool:
             raise InputError(f"a mask over the image must be of torch.bool, not {positions.dtype}")
-        return
-    check_positions(positions, ", or a mask (rows, columns) of torch.bool")
+        return positions
+    return check_positions(positions, ", or a mask (rows, columns) of torch.bool")
 
 
 def check_positions(positions: Any, others: str = "") -> list[int]:
@@ -243,13 +243,13 @@ def check_positions(positions: Any, others: str = "") -> list[int]:
     return found
 
 
-def is_among(index: int, steps: Steps) -> bool:
+def is_among(index: int, steps: Sequence[int | slice]) -> bool:
     """Return whether a generated token is chosen, while the number of tokens is unknown."""
     return any(
         index in range(item.start or 0, index + 1 if item.stop is None else item.stop, item.step or 1)
         if isinstance(item, slice)
         else item == index
-        for item in check_steps(steps)
+        for item in steps
     )
 
 
@@ -287,9 +287,8 @@ def _resized(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return resized
 
 
-def where_in_sequence(visit: Visit, positions: Positions) -> torch.Tensor:
+def where_in_sequence(visit: Visit, places: Sequence[int]) -> torch.Tensor:
     """Return which positions of a value are chosen, (positions, 1), or (rows, columns, 1) in a feature map."""
-    places = check_positions(positions)
     shape = visit.value.shape[1:-1]
     count = shape.numel()
     for place in places:

@@ -65,6 +65,14 @@ def test_both_branches_without_guidance_are_the_conditional_one(model):
     assert len(both[MID]) == 3 * 64
 
 
+def test_an_iterator_holds_positions_and_steps(model):
+    given, lists = (
+        collect_activations(model, PROMPTS, layers=MID, positions=kind([0, 5]), steps=kind([0, -1]), **CALL)
+        for kind in (iter, list)
+    )
+    assert torch.equal(given[MID], lists[MID]) and len(given[MID]) == len(PROMPTS) * 2 * 2
+
+
 def test_sampled_positions_and_chosen_steps(model, hooked):
     options = {"layers": [MID, LAYER], "steps": [0, -1], "sample": 5, "seed": 4, "dtype": torch.float16}
     found = collect_activations(model, PROMPTS, **options, **CALL)
@@ -124,6 +132,7 @@ def test_files_are_loaded_and_continued(model, tmp_path, monkeypatch):
         ({"layers": "vae.decoder", "branch": "cond"}, "branches of guidance exist in"),
         ({"sample": 0}, "sample must be a positive integer"),
         ({"steps": "x"}, "steps are integers or slices"),
+        ({"positions": 1.5}, "positions are integers, not 1.5"),
         ({"prompts": []}, "prompts must be a prompt"),
     ],
 )

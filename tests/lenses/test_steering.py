@@ -207,7 +207,9 @@ def test_generated_tokens_are_not_counted_from_the_end(model):
         ({"layers": np.int64(1)}, {"layers": 1}),
         ({"positions": np.arange(2)}, {"positions": [0, 1]}),
         ({"positions": torch.tensor(-1)}, {"positions": -1}),
+        ({"positions": iter([0, -1])}, {"positions": [0, -1]}),
         ({"steps": np.arange(1)}, {"steps": 0}),
+        ({"steps": iter([0])}, {"steps": 0}),
         ({"steps": slice(np.int64(0), np.int64(1))}, {"steps": 0}),
     ],
 )

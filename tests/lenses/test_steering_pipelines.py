@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from diffsight import DiffusionModel, Model, steer
+from diffsight import DiffusionModel, Model, steer, steering_sweep
 from diffsight.errors import InputError, PointNotFoundError
 from helpers import SEED, draw, module_at
 from models import denoisers, diffusion
@@ -124,6 +124,7 @@ MID = "unet.mid_block"
         ({"keep_norm": True}, keeping_norm, None),
         ({"steps": slice(1, None)}, add, [1, 2]),
         ({"steps": [-2]}, add, [1]),
+        ({"steps": iter([0, 2])}, add, [0, 2]),
     ],
 )
 def test_options(pipe, model, options, change, steps):
@@ -167,6 +168,17 @@ def test_a_mask_steers_a_region(model):
         assert torch.allclose(change[0, :, :4], vector(32)[:, None, None].expand(-1, 4, 8), atol=1e-5)
         assert not change[0, :, 4:].any()
         assert shape == tuple(value_at(model, path).shape)
+
+
+def test_an_iterator_holds_positions_and_steps(model):
+    sweep = {"factors": [1, 2], "batch_size": 1, "progress": False, "num_inference_steps": 3}
+    given, lists = (
+        steering_sweep(model, "a circle", MID, vector(32), positions=kind([0, 5]), steps=kind([0, -1]), **sweep).images[
+            0
+        ]
+        for kind in (iter, list)
+    )
+    assert [one.tobytes() for one in given] == [one.tobytes() for one in lists]
 
 
 def test_positions_of_a_text_encoder(model):
