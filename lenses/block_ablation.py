@@ -96,7 +96,7 @@ def block_ablation(
     if mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
     check_branch(branch)
-    check_count("max_rows", max_rows)
+    max_rows = check_count("max_rows", max_rows)
     metric = as_metric(pixel_distance() if metric is None else metric).bound(model, len(texts))
     points = find_sites(model, sites)
     wrong = next((site.point for site in points if site.value != "output"), None)
@@ -133,7 +133,7 @@ def block_ablation(
         source=torch.zeros(len(texts)),
         target=torch.tensor(targets),
         passes=passes,
-        arguments={"mode": mode, "seed": seed, **arguments},
+        arguments={"mode": mode, "seed": int(seed), **arguments},
     )
 
 

@@ -186,9 +186,9 @@ def causal_tracing(
         InputError: Before anything runs, if the subject is not in the prompt, or another argument is not valid.
         PointNotFoundError: A path does not exist.
     """
-    check_count("samples", samples)
-    check_count("batch_size", batch_size)
-    check_count("window", window)
+    samples = check_count("samples", samples)
+    batch_size = check_count("batch_size", batch_size)
+    window = check_count("window", window)
     scale = as_number(noise)
     if scale is None or not 0 < scale < math.inf:
         raise InputError(f"noise must be a number above 0, not {noise!r}")

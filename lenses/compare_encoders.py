@@ -338,22 +338,22 @@ def compare_encoders(
             does not exist, or a tokenizer truncates a prompt.
     """
     named, prompts = _named(models), _checked_prompts(prompts)
-    drawn = as_integer(images)
-    if drawn is None or not 0 <= drawn <= len(prompts):
+    count = as_integer(images)
+    if count is None or not 0 <= count <= len(prompts):
         raise InputError(f"images is the number of prompts to draw, from 0 to {len(prompts)}, not {images!r}")
     for prompt in prompts:
         check_prompt("compare_encoders", prompt)
     for model in named.values():
         check_options(compare_encoders, model, arguments)
-    chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)
+    chosen = _choose(named, prompts[0], encoders, layers, count > 0, arguments, seed)
     is_quiet = not progress or any(is_silenced(model.pipeline) for model in named.values())
     encoded = _encode(chosen, prompts, arguments, seed, not is_quiet)
     drawn: dict[str, list[DiffusionLensResult]] = {one.name: [] for one in chosen}
-    for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=is_quiet):
+    for prompt, one in tqdm([*itertools.product(prompts[:count], chosen)], desc="lenses", disable=is_quiet):
         settings = {"encoder": one.encoder.name, "layers": one.layers, "seed": seed, "progress": False, **(lens or {})}
         drawn[one.name].append(diffusion_lens(one.model, prompt, **settings, **arguments))
     found = {one.name: _summary(one, encoded[one.name], drawn[one.name]) for one in chosen}
-    return EncoderComparison(tuple(prompts), found, seed, arguments)
+    return EncoderComparison(tuple(prompts), found, int(seed), arguments)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from diffsight.lenses.features.activation_stream import PointReader, channels_la
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_model, point_of
 from diffsight.lenses.features.sae_trainer import figures
+from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.outputs import image_of, outputs_in
@@ -113,8 +114,9 @@ def evaluate_sae(
     """
     check_model(evaluate_sae, model)
     check_options(evaluate_sae, model, arguments)
-    check_types(evaluate_sae, prompts=prompts, point=point, seed=seed)
-    check_count("batch_size", batch_size)
+    check_types(evaluate_sae, prompts=prompts, point=point)
+    seed = as_seed(seed)
+    batch_size = check_count("batch_size", batch_size)
     point = point_of(sae, point)
     scenes = [one for one in prompts if isinstance(one, Scene)]
     texts = [one.caption() if isinstance(one, Scene) else one for one in prompts]

@@ -160,7 +160,7 @@ def patchscope_lens(
         InputError: Before anything runs, if a layer, position or token does not exist.
     """
     check_types(patchscope_lens, positions=positions)
-    chosen, ids = layers_and_tokens("patchscope_lens", model, layers, tokens, top_k)
+    chosen, ids, top_k = layers_and_tokens("patchscope_lens", model, layers, tokens, top_k)
     patches = _Patches(model, prompts, positions, chosen, target, target_layer, batch_size)
     keep = {"logits_to_keep": 1} if model.takes_argument("logits_to_keep") else {}
     reader = PredictionReader(model, top_k, ids, keep_logits)

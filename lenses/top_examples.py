@@ -23,6 +23,7 @@ from diffsight.lenses.denoising.call_checks import Steps, choose_steps
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, value_at
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_features, check_model, point_of
+from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import step_curves
@@ -211,9 +212,10 @@ def top_examples(
     """
     check_model(top_examples, model)
     check_options(top_examples, model, arguments)
-    check_types(top_examples, prompts=[prompts] if isinstance(prompts, str) else prompts, point=point, seed=seed)
-    check_count("count", count)
-    check_count("batch_size", batch_size)
+    check_types(top_examples, prompts=[prompts] if isinstance(prompts, str) else prompts, point=point)
+    seed = as_seed(seed)
+    count = check_count("count", count)
+    batch_size = check_count("batch_size", batch_size)
     point, chosen = point_of(sae, point), check_features(sae, features)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:

@@ -91,8 +91,8 @@ def train_sae(
     check_types(train_sae, point=point, settings=settings, folder=folder)
     seed = as_seed(seed)
     check_sizes(features, kind, k, of)
-    check_count("buffer", buffer)
-    check_count("prompts_per_run", prompts_per_run)
+    buffer = check_count("buffer", buffer)
+    prompts_per_run = check_count("prompts_per_run", prompts_per_run)
     settings, processes = settings or SAESettings(), Processes()
     if settings.batch_size % processes.count:
         raise InputError(f"batch_size must be a multiple of {processes.count}, the number of processes")

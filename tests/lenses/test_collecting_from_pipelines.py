@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,6 +122,18 @@ def test_files_are_loaded_and_continued(model, tmp_path, monkeypatch):
     assert "already exists" in refusal(collect_activations, model, PROMPTS, folder=tmp_path / "states", **options)
     with pytest.raises(InputError, match="no activations of 'unet'"):
         load_activations(tmp_path / "states", layers=["unet"])
+
+
+def test_numbers_of_another_kind_continue_a_collection(model, tmp_path, monkeypatch):
+    numpy = {"positions": np.arange(2), "sample": np.int64(2), "steps": np.arange(2), "batch_size": np.int64(1)}
+    plain = {"positions": [0, 1], "sample": 2, "steps": [0, 1], "batch_size": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "generate", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            collect_activations(model, PROMPTS, layers=MID, folder=tmp_path / "states", **numpy, **CALL)
+    collect_activations(model, PROMPTS, layers=MID, folder=tmp_path / "states", **plain, **CALL)
+    index = json.loads((tmp_path / "states" / "activations.json").read_text())
+    assert index["positions"] == [0, 1] and index["sample"] == 2
 
 
 @pytest.mark.parametrize(
