@@ -30,7 +30,6 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.metric import Metric, Outcome
-from diffsight.lenses.numbers import as_number, as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_bars, effect_map
@@ -43,6 +42,8 @@ from diffsight.lenses.tracing.language_trace import trace_language
 from diffsight.lenses.tracing.subject_noise import Noise
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_number
+from diffsight.pipelines.seeds import as_seed
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,6 @@ from diffsight.lenses.collecting.point_activations import PointActivations
 from diffsight.lenses.collecting.shards import INDEX, load_shards, write_shards
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
-from diffsight.lenses.numbers import as_integer, as_seed, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.record import write_record
 from diffsight.lenses.results.saving import check_writable
@@ -43,6 +42,8 @@ from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
+from diffsight.pipelines.numbers import as_integer, unpacked
+from diffsight.pipelines.seeds import as_seed
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
 

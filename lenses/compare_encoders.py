@@ -37,7 +37,6 @@ from diffsight.lenses.encoders.checks import check_prompt
 from diffsight.lenses.encoders.own_states import OwnStates, read_alone, read_together
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
-from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
@@ -53,6 +52,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import text_tokenizer
 from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, encoders_in
+from diffsight.pipelines.numbers import as_integer
 
 _ENDS = ("first", "last")
 _MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # prompts in a batch, bytes of its hidden states

@@ -18,12 +18,12 @@ from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import PointReader
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_model, point_of
-from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 
 
 def concept_features(

@@ -17,7 +17,6 @@ from diffsight.lenses.features.activation_stream import PointReader, channels_la
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_model, point_of
 from diffsight.lenses.features.sae_trainer import figures
-from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.outputs import image_of, outputs_in
@@ -28,6 +27,7 @@ from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene
 from diffsight.pipelines.shapes.scoring import score

@@ -29,7 +29,6 @@ from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.denoising.clean_prediction import prediction_type
 from diffsight.lenses.denoising.image_encoding import check_can_encode, check_image, encode_image
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
-from diffsight.lenses.numbers import as_integer, as_number
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, step_curves
 from diffsight.lenses.results.figure import write_figure
@@ -40,6 +39,7 @@ from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
+from diffsight.pipelines.numbers import as_integer, as_number
 
 
 @dataclass(frozen=True, eq=False)

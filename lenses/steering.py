@@ -24,10 +24,10 @@ import torch
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.numbers import as_number
 from diffsight.lenses.steering_vector import SteeringVectors
 from diffsight.lenses.visits.steered import Positions, find_steering
 from diffsight.lenses.visits.visiting import visiting
+from diffsight.pipelines.numbers import as_number
 
 Wrapper = TypeVar("Wrapper")
 

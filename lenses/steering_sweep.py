@@ -20,7 +20,6 @@ from diffsight.lenses.denoising.call_checks import Steps, check_one_image
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.numbers import as_number, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -34,6 +33,7 @@ from diffsight.lenses.visits.visiting import visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_number, unpacked
 
 _CELL = 128  # pixels of an image in a grid
 _LONGEST = 60  # characters of a prompt in the title of a row

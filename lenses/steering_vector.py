@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.numbers import as_seed, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import write_figure
@@ -45,6 +44,8 @@ from diffsight.lenses.visits.visiting import is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
+from diffsight.pipelines.numbers import unpacked
+from diffsight.pipelines.seeds import as_seed
 
 METHODS = ("mean", "pca", "probe")
 _TENSORS = "vectors.safetensors"

@@ -23,7 +23,6 @@ from diffsight.lenses.denoising.call_checks import Steps, choose_steps
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, value_at
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_features, check_model, point_of
-from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import step_curves
@@ -38,6 +37,7 @@ from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 
 
 @dataclass(frozen=True, eq=False)

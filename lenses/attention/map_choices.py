@@ -9,9 +9,9 @@ from diffsight.lenses.attention.map_memory import check_memory
 from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, count_steps
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.layers import Layers, choose_layers
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.pipelines.diffusion.attention import Attention, Attentions
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 _KEPT = ("steps", "layers", "heads")
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer, as_seed
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_integer
+from diffsight.pipelines.seeds import as_seed
 
 Pairs = Sequence[tuple[str, str]]
 TEMPLATE = "Q: {}\nA:{}\n\n"

@@ -8,11 +8,11 @@ from typing import Any
 from diffusers import SchedulerMixin
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer, as_slice, unpacked
 from diffsight.lenses.options import check_kind, check_options
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.numbers import as_integer, as_slice, unpacked
 
 _SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 

@@ -7,9 +7,9 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.options import check_kind
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 Tokens = str | int | Iterable[str | int] | None
 

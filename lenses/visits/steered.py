@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from diffsight.errors import InputError, users_frame
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.tokens.batches import batch_of
 from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_points
 from diffsight.lenses.visits.visited_steps import VisitedSteps
@@ -20,6 +19,7 @@ from diffsight.lenses.visits.visiting import Visit, is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.language.text_configs import WRITES, text_config
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 Positions = int | Sequence[int] | torch.Tensor | None
 
