@@ -51,8 +51,8 @@ def steer(
         steer(pipeline, "unet.mid_block", direction, factor=20, steps=slice(0, 10))
         steer(pipeline, vector=vectors, factor=10, keep_norm=True)              # at the points of the vectors
 
-    A generation that ends before one of the steps issues a warning. A run without guidance cannot be steered in its
-    unconditional branch, which is an error.
+    A generation that ends before it reaches an integer in `steps`, or any token of a slice, issues a warning. A run
+    without guidance cannot be steered in its unconditional branch, which is an error.
 
     A copy can be steered again. `cheerful.clear_edits()` removes every edit and attached module from it.
 

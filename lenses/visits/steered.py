@@ -67,15 +67,16 @@ class Steering:
         if self.steps is None or not isinstance(self.model, LanguageModel):
             return None
         frame, _ = users_frame()
-        return partial(self._warn_of_steps, frame.f_code.co_filename, frame.f_lineno)
+        return partial(self._warn_of_steps, frame.f_globals, frame.f_code.co_filename, frame.f_lineno)
 
-    def _warn_of_steps(self, file: str, line: int, count: int) -> None:
-        missed = [str(item) for item in self.steps if not any(is_among(step, [item]) for step in range(count))]
+    def _warn_of_steps(self, names: dict[str, Any], file: str, line: int, count: int) -> None:
+        missed = [_written(item) for item in self.steps if not any(is_among(step, [item]) for step in range(count))]
         if missed:
             which = ", ".join(missed if len(missed) < 4 else [*missed[:2], "…", missed[-1]])
             ran = f"{count} steps, 0 to {count - 1}" if count > 1 else "1 step, 0"
             message = f"nothing was steered in step{'s' * (len(missed) > 1)} {which}: the run had {ran}"
-            warnings.warn_explicit(message, RuntimeWarning, file, line)
+            registry = names.setdefault("__warningregistry__", {})  # so that a line warns once by default
+            warnings.warn_explicit(message, RuntimeWarning, file, line, registry=registry)
 
     def _moved(self, visit: Visit) -> torch.Tensor:
         value, vector = visit.value, self._vector(visit)
@@ -213,6 +214,14 @@ def _checked_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> li
 
 def _bounds(item: int | slice) -> tuple[int | None, ...]:
     return (item.start, item.stop) if isinstance(item, slice) else (item,)
+
+
+def _written(item: int | slice) -> str:
+    """Return a step or a slice of steps as it is written in brackets: 5:9."""
+    if not isinstance(item, slice):
+        return str(item)
+    bounds = [item.start, item.stop] if item.step is None else [item.start, item.stop, item.step]
+    return ":".join("" if bound is None else str(bound) for bound in bounds)
 
 
 def _checked_positions(model: Any, positions: Positions) -> list[int] | torch.Tensor | None:
