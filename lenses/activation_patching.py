@@ -129,8 +129,8 @@ def activation_patching(
             exist, or the metric returns no number.
         PointNotFoundError: A pattern matches nothing.
     """
-    check_count("batch_size", batch_size)
-    check_count("max_rows", max_rows)
+    batch_size = check_count("batch_size", batch_size)
+    max_rows = check_count("max_rows", max_rows)
     is_pipeline = isinstance(model, DiffusionModel)
     tokens = None if is_pipeline else _tokens_to_generate(arguments, steps, positions, align)
     request = PatchingRequest(

@@ -134,7 +134,7 @@ def attention_maps(
         arguments, image = {**arguments, "image": image}, None
     check_options(attention_maps, model, arguments)
     check_types(attention_maps, words=words, heads=heads, encoder=encoder)
-    check_maps("attention_maps", model, prompt, steps, seed, keep, arguments)
+    steps = check_maps("attention_maps", model, prompt, steps, seed, keep, arguments)
     words = words if words is None or isinstance(words, str) else [*map(str, words)]
     if words is not None and not words:
         raise InputError("words is empty: pass words, or omit the argument for all words of the prompt")
@@ -256,7 +256,7 @@ def attention_from(
     check_kind("attention_from", model, DiffusionModel)
     check_options(attention_from, model, arguments)
     check_types(attention_from, heads=heads)
-    check_maps("attention_from", model, prompt, steps, seed, keep, arguments)
+    steps = check_maps("attention_from", model, prompt, steps, seed, keep, arguments)
     if not fits(position, tuple[float, float]) or not all(0 <= share <= 1 for share in position):
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
 

@@ -85,7 +85,8 @@ def block_ablation(
 
     Raises:
         InputError: An argument is invalid; the model does not reach a site; or a module cannot be skipped, because its
-            output does not have the shape of its input.
+            output does not have the shape of its input or, with `branch`, because one of its inputs cannot be divided
+            into branches.
         PointNotFoundError: A pattern matches nothing.
     """
     texts = as_prompts(prompts)
@@ -96,7 +97,7 @@ def block_ablation(
     if mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
     check_branch(branch)
-    check_count("max_rows", max_rows)
+    max_rows = check_count("max_rows", max_rows)
     metric = as_metric(pixel_distance() if metric is None else metric).bound(model, len(texts))
     points = find_sites(model, sites)
     wrong = next((site.point for site in points if site.value != "output"), None)
@@ -133,7 +134,7 @@ def block_ablation(
         source=torch.zeros(len(texts)),
         target=torch.tensor(targets),
         passes=passes,
-        arguments={"mode": mode, "seed": seed, **arguments},
+        arguments={"mode": mode, "seed": int(seed), **arguments},
     )
 
 
@@ -152,11 +153,11 @@ def _without_nesting(changes: Sequence[Change]) -> list[list[Change]]:
 def _ablate(mode: str, run: Any, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:
     """Replace the output of a module in one row."""
     path = change.site.module
-    points = [part[path].calls[call] if call else part[path] for part in (run, row)]
+    of_all, of_row = (part[path].calls[call] if call else part[path] for part in (run, row))
     if mode == "skip":
-        points[1].output = _skipped(path, *points)
+        of_row.output = _skipped(path, of_all, of_row)
     else:
-        points[1].output = _mapped(points[1].output, torch.zeros_like if mode == "zero" else _mean)
+        of_row.output = _mapped(of_row.output, torch.zeros_like if mode == "zero" else _mean)
 
 
 def _skipped(path: str, of_all: Any, of_row: Any) -> Any:
@@ -172,8 +173,7 @@ def _skipped(path: str, of_all: Any, of_row: Any) -> Any:
         inputs = of_all.inputs
     except InputError as error:
         raise InputError(
-            f"{path} cannot be skipped in one branch, since its inputs hold a value that cannot be divided into "
-            'branches: omit branch, or pass mode="zero"'
+            f'{path} cannot be skipped in one branch ({error}). Omit branch, or pass mode="zero"'
         ) from error
     given = _tensors(inputs)
     output = of_all.output

@@ -30,7 +30,6 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.metric import Metric, Outcome
-from diffsight.lenses.numbers import as_number, as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_bars, effect_map
@@ -43,6 +42,8 @@ from diffsight.lenses.tracing.language_trace import trace_language
 from diffsight.lenses.tracing.subject_noise import Noise
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_number
+from diffsight.pipelines.seeds import as_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,9 +187,9 @@ def causal_tracing(
         InputError: Before anything runs, if the subject is not in the prompt, or another argument is not valid.
         PointNotFoundError: A path does not exist.
     """
-    check_count("samples", samples)
-    check_count("batch_size", batch_size)
-    check_count("window", window)
+    samples = check_count("samples", samples)
+    batch_size = check_count("batch_size", batch_size)
+    window = check_count("window", window)
     scale = as_number(noise)
     if scale is None or not 0 < scale < math.inf:
         raise InputError(f"noise must be a number above 0, not {noise!r}")

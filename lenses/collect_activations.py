@@ -30,18 +30,20 @@ from diffsight.lenses.collecting.point_activations import PointActivations
 from diffsight.lenses.collecting.shards import INDEX, load_shards, write_shards
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
-from diffsight.lenses.numbers import as_integer, as_seed, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.record import write_record
 from diffsight.lenses.results.saving import check_writable
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import check_count, hidden_states, layers_to_read
 from diffsight.lenses.visits.named_points import named_points
+from diffsight.lenses.visits.steered import check_positions
 from diffsight.lenses.visits.visiting import BRANCHES, has_branches
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
+from diffsight.pipelines.numbers import as_integer, unpacked
+from diffsight.pipelines.seeds import as_seed
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
 
@@ -163,9 +165,16 @@ def collect_activations(
         if of != "layers_output":
             raise InputError("of is for language models: in a pipeline, layers are paths such as 'unet.**.attn2.input'")
         points = named_points(model, layers)
-        chosen_positions = None if positions is ... else positions
         collection = ImageCollection(
-            model, points, chosen_positions, sample, steps, branch or "cond", dtype, as_seed(seed or 0), inputs
+            model,
+            points,
+            positions=None if positions is ... or positions is None else check_positions(positions),
+            sample=None if sample is None else check_count("sample", sample),
+            steps=None if steps is None else check_steps(steps),
+            branch=branch or "cond",
+            dtype=dtype,
+            seed=as_seed(seed or 0),
+            arguments=inputs,
         )
         return _collect_images(collection, prompts, batch_size, folder, progress, branch)
     given = {"steps": steps, "branch": branch, "sample": sample, "seed": seed}
@@ -207,9 +216,6 @@ def _collect_images(
         raise InputError(f"branch must be one of {', '.join(map(repr, BRANCHES))}, not {branch!r}")
     if branch is not None and not all(has_branches(collection.model, point) for point in collection.points):
         raise InputError("branches of guidance exist in text encoders and denoisers: omit branch for other modules")
-    if collection.sample is not None:
-        check_count("sample", collection.sample)
-    check_steps(collection.steps)
     size = check_count("batch_size", batch_size)
     batches = [(start, texts[start : start + size]) for start in range(0, len(texts), size)]
     shown = tqdm(batches, desc="activations", disable=not progress or len(batches) == 1)

@@ -37,7 +37,6 @@ from diffsight.lenses.encoders.checks import check_prompt
 from diffsight.lenses.encoders.own_states import OwnStates, read_alone, read_together
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
-from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
@@ -53,6 +52,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import text_tokenizer
 from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, encoders_in
+from diffsight.pipelines.numbers import as_integer
 
 _ENDS = ("first", "last")
 _MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # prompts in a batch, bytes of its hidden states
@@ -338,22 +338,22 @@ def compare_encoders(
             does not exist, or a tokenizer truncates a prompt.
     """
     named, prompts = _named(models), _checked_prompts(prompts)
-    drawn = as_integer(images)
-    if drawn is None or not 0 <= drawn <= len(prompts):
+    count = as_integer(images)
+    if count is None or not 0 <= count <= len(prompts):
         raise InputError(f"images is the number of prompts to draw, from 0 to {len(prompts)}, not {images!r}")
     for prompt in prompts:
         check_prompt("compare_encoders", prompt)
     for model in named.values():
         check_options(compare_encoders, model, arguments)
-    chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)
+    chosen = _choose(named, prompts[0], encoders, layers, count > 0, arguments, seed)
     is_quiet = not progress or any(is_silenced(model.pipeline) for model in named.values())
     encoded = _encode(chosen, prompts, arguments, seed, not is_quiet)
     drawn: dict[str, list[DiffusionLensResult]] = {one.name: [] for one in chosen}
-    for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=is_quiet):
+    for prompt, one in tqdm([*itertools.product(prompts[:count], chosen)], desc="lenses", disable=is_quiet):
         settings = {"encoder": one.encoder.name, "layers": one.layers, "seed": seed, "progress": False, **(lens or {})}
         drawn[one.name].append(diffusion_lens(one.model, prompt, **settings, **arguments))
     found = {one.name: _summary(one, encoded[one.name], drawn[one.name]) for one in chosen}
-    return EncoderComparison(tuple(prompts), found, seed, arguments)
+    return EncoderComparison(tuple(prompts), found, int(seed), arguments)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 
 
 def concept_features(
@@ -55,8 +56,9 @@ def concept_features(
     """
     check_model(concept_features, model)
     check_options(concept_features, model, arguments)
-    check_types(concept_features, prompts=prompts, others=others, point=point, seed=seed)
-    check_count("batch_size", batch_size)
+    check_types(concept_features, prompts=prompts, others=others, point=point)
+    seed = as_seed(seed)
+    batch_size = check_count("batch_size", batch_size)
     if not prompts or not others:
         raise InputError("pass two lists of strings: prompts with the concept, and others without it")
     reader = PointReader(model, point_of(sae, point), sae.of, steps, arguments)

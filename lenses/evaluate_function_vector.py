@@ -13,7 +13,6 @@ import torch
 from diffsight.lenses.demonstrations.few_shot_prompts import TEMPLATE, Pairs, answer_tokens, few_shot_prompts
 from diffsight.lenses.function_vectors import FunctionVector
 from diffsight.lenses.layers import choose_layer
-from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, Section, TableSection
@@ -23,6 +22,7 @@ from diffsight.lenses.tokens.choosing import check_count, check_language_model
 from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.lenses.visits.steered import check_vector
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene
 from diffsight.pipelines.shapes.scoring import score
@@ -113,8 +114,9 @@ def evaluate_sae(
     """
     check_model(evaluate_sae, model)
     check_options(evaluate_sae, model, arguments)
-    check_types(evaluate_sae, prompts=prompts, point=point, seed=seed)
-    check_count("batch_size", batch_size)
+    check_types(evaluate_sae, prompts=prompts, point=point)
+    seed = as_seed(seed)
+    batch_size = check_count("batch_size", batch_size)
     point = point_of(sae, point)
     scenes = [one for one in prompts if isinstance(one, Scene)]
     texts = [one.caption() if isinstance(one, Scene) else one for one in prompts]

@@ -32,7 +32,6 @@ from diffsight.lenses.demonstrations.few_shot_prompts import (
     answer_tokens,
     few_shot_prompts,
 )
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_map
 from diffsight.lenses.results.figure import write_figure
@@ -42,6 +41,7 @@ from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import check_count, check_language_model
 from diffsight.lenses.tracing.stored_starts import can_start_from
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 Head = tuple[int, int]
 

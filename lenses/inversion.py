@@ -29,7 +29,6 @@ from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.denoising.clean_prediction import prediction_type
 from diffsight.lenses.denoising.image_encoding import check_can_encode, check_image, encode_image
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
-from diffsight.lenses.numbers import as_integer, as_number
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, step_curves
 from diffsight.lenses.results.figure import write_figure
@@ -40,6 +39,7 @@ from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
+from diffsight.pipelines.numbers import as_integer, as_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +204,7 @@ def invert(
     check_one_image(invert, model, prompt, seed, None, arguments)
     check_types(invert, prompt=prompt, guidance_scale=guidance_scale)
     pipeline = model.pipeline
-    _check(model, arguments, fixed_point, gamma, eta)
+    fixed_point, gamma, eta = _checked(model, arguments, fixed_point, gamma, eta)
     image = check_image(pipeline, image)
     inverse = copy.copy(pipeline)  # shares all components but the scheduler
     inverse.scheduler = inverse_of(pipeline.scheduler, fixed_point)
@@ -266,7 +266,10 @@ def _given(run: DiffusionRun) -> tuple[torch.Tensor, float, torch.Tensor]:
     return output, float(timestep) / run.scheduler.config.num_train_timesteps, sample
 
 
-def _check(model: DiffusionModel, arguments: Mapping[str, Any], fixed_point: Any, gamma: Any, eta: Any) -> None:
+def _checked(
+    model: DiffusionModel, arguments: Mapping[str, Any], fixed_point: Any, gamma: Any, eta: Any
+) -> tuple[int, float, float]:
+    """Return `fixed_point`, `gamma` and `eta` as numbers of Python."""
     pipeline, name = model.pipeline, type(model.pipeline).__name__
     if model.edits:
         raise InputError("an image cannot be inverted by a model with edits: use the model without them")
@@ -281,14 +284,15 @@ def _check(model: DiffusionModel, arguments: Mapping[str, Any], fixed_point: Any
     iterations = as_integer(fixed_point)
     if iterations is None or iterations < 0:
         raise InputError(f"fixed_point is a number of iterations, 0 or more, not {fixed_point!r}")
-    for option, value in {"gamma": gamma, "eta": eta}.items():
-        number = as_number(value)
+    pulls = {"gamma": as_number(gamma), "eta": as_number(eta)}
+    for (option, number), value in zip(pulls.items(), (gamma, eta)):
         if number is None or not 0 <= number <= 1:
             raise InputError(f"{option} must be from 0 to 1, not {value!r}")
-        if value and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        if number and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             raise InputError(f"{option} is for rectified flows: omit it with {type(pipeline.scheduler).__name__}")
     if gamma and fixed_point:
         raise InputError("gamma and fixed_point cannot be combined: choose one of them")
+    return iterations, *pulls.values()
 
 
 def _errors(image: Image.Image, other: Image.Image) -> np.ndarray:

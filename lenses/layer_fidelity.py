@@ -33,7 +33,6 @@ from diffsight.lenses.encoders.checks import check_call, check_pooled
 from diffsight.lenses.encoders.drawing import BatchMismatchError, for_each_row
 from diffsight.lenses.encoders.layer_drawing import LayerReading, draw_layers, read_layers
 from diffsight.lenses.layers import Layer, layer_title, state_of
-from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.options import check_kind, check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Curve, curve_panels
@@ -45,7 +44,8 @@ from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.run import is_silenced
-from diffsight.pipelines.seeds import check_seed
+from diffsight.pipelines.numbers import as_integer
+from diffsight.pipelines.seeds import as_seed
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, sample_scene
 from diffsight.pipelines.shapes.scoring import score
@@ -235,7 +235,7 @@ def layer_fidelity(
     """
     check_kind("layer_fidelity", model, DiffusionModel)
     check_options(layer_fidelity, model, arguments, also=inspect.signature(diffusion_lens).parameters)
-    check_seed(seed)
+    seed = as_seed(seed)
     asked = _scenes(scenes)
     captions = [scene.caption() for scene in asked]
     options = {name: value for name, value in arguments.items() if name in _OPTIONS}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer, as_slice, unpacked
+from diffsight.pipelines.numbers import as_integer, as_slice, unpacked
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
 Layers = int | str | slice | Iterable[int | str | slice] | None

@@ -69,7 +69,7 @@ def logit_lens(
         InputError: Before anything runs, if a layer, position or token does not exist, a prompt is empty or too long,
             or the model is not a language model with a head.
     """
-    chosen, ids = layers_and_tokens("logit_lens", model, layers, tokens, top_k)
+    chosen, ids, top_k = layers_and_tokens("logit_lens", model, layers, tokens, top_k)
     check_options(logit_lens, model, inputs)
     batches = open_batches(model, prompts, positions, batch_size, **inputs)
     reader, read = PredictionReader(model, top_k, ids, keep_logits), []

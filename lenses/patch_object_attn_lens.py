@@ -49,7 +49,7 @@ def patch_object_attn_lens(
     sources, targets = as_prompts(source_prompts), as_prompts(target_prompts)
     if len(sources) not in (1, len(targets)):
         raise InputError(f"there are {len(sources)} sources for {len(targets)} targets: pass one, or one for each")
-    check_count("num_patches", num_patches)
+    num_patches = check_count("num_patches", num_patches)
     count = len(model.layers_output)
     batches = open_batches(model, sources, -1, batch_size)
     open_batches(model, targets, position, batch_size)  # checks the positions

@@ -9,7 +9,7 @@ same layer (Ghandeharioun et al., "Patchscopes: A Unifying Framework for Inspect
 Models", ICML 2024, section 3).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from diffsight.lenses.tokens.sources import Sources
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.numbers import unpacked
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def patchscope_lens(
         InputError: Before anything runs, if a layer, position or token does not exist.
     """
     check_types(patchscope_lens, positions=positions)
-    chosen, ids = layers_and_tokens("patchscope_lens", model, layers, tokens, top_k)
+    chosen, ids, top_k = layers_and_tokens("patchscope_lens", model, layers, tokens, top_k)
     patches = _Patches(model, prompts, positions, chosen, target, target_layer, batch_size)
     keep = {"logits_to_keep": 1} if model.takes_argument("logits_to_keep") else {}
     reader = PredictionReader(model, top_k, ids, keep_logits)
@@ -251,7 +252,8 @@ class _Patches:
             self.sources = Sources(names, torch.zeros(count, 1, dtype=torch.long), (("",),) * count)
         else:
             prompts = as_prompts(prompts)
-            each = positions if hasattr(positions, "__index__") else [[place] for place in positions]
+            positions = unpacked(positions)
+            each = [[place] for place in positions] if isinstance(positions, Iterable) else positions
             self._batches = open_batches(model, prompts, each, batch_size)
             self.sources = Sources.of(model, self._batches)
         self.targets = _targets(target, len(self.sources.prompts))

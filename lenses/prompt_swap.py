@@ -168,7 +168,7 @@ def prompt_swap(
     paths = [attention.path for attention in model.attentions.of_kind("cross")]
     if not paths:
         raise InputError(f"the denoiser of {type(model.pipeline).__name__} has no cross-attention")
-    check_count("window", window, len(paths))
+    window = check_count("window", window, len(paths))
     windows = [range(start, start + window) for start in range(len(paths) - window + 1)]
     size, images, values = (batch_size or len(windows) + 2) - 2, [], []
     with tqdm(desc="windows", total=len(windows), disable=not progress) as bar:

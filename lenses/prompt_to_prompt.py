@@ -30,7 +30,6 @@ from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt
 from diffsight.lenses.encoders.drawing import for_each_row
-from diffsight.lenses.numbers import as_integer, as_number
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -44,6 +43,7 @@ from diffsight.pipelines.diffusion.attention import Attention, find_attentions
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoding import encodings_in, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.numbers import as_integer, as_number
 
 _LARGEST_SELF = 32 * 32  # image positions: in larger maps self-attention is left alone (the paper's choice)
 _MASK = 0.3  # as a share of the largest value of a map

@@ -24,10 +24,10 @@ import torch
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.numbers import as_number
 from diffsight.lenses.steering_vector import SteeringVectors
 from diffsight.lenses.visits.steered import Positions, find_steering
 from diffsight.lenses.visits.visiting import visiting
+from diffsight.pipelines.numbers import as_number
 
 Wrapper = TypeVar("Wrapper")
 
@@ -51,8 +51,8 @@ def steer(
         steer(pipeline, "unet.mid_block", direction, factor=20, steps=slice(0, 10))
         steer(pipeline, vector=vectors, factor=10, keep_norm=True)              # at the points of the vectors
 
-    A generation that ends before one of the steps issues a warning. A run without guidance cannot be steered in its
-    unconditional branch, which is an error.
+    A generation that ends before it reaches an integer in `steps`, or any token of a slice, issues a warning. A run
+    without guidance cannot be steered in its unconditional branch, which is an error.
 
     A copy can be steered again. `cheerful.clear_edits()` removes every edit and attached module from it.
 
@@ -84,4 +84,4 @@ def steer(
     if number is None or not math.isfinite(number):
         raise InputError(f"factor is a finite number, not {factor!r}")
     steering = find_steering(model, layers, vector, number, positions, mode, steps, keep_norm)
-    return visiting(model, steering.points, steering.change, branch, steering.step_check())
+    return visiting(model, steering.points, steering.change, branch, steering.step_check(), required=True)

@@ -7,7 +7,7 @@ The strengths of a prompt are rows of one call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from diffsight.lenses.denoising.call_checks import Steps, check_one_image
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.numbers import as_number, unpacked
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -34,6 +33,7 @@ from diffsight.lenses.visits.visiting import visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_number, unpacked
 
 _CELL = 128  # pixels of an image in a grid
 _LONGEST = 60  # characters of a prompt in the title of a row
@@ -171,8 +171,8 @@ def steering_sweep(
             found.append([])
             for start in range(0, len(wanted), size):
                 some = torch.tensor(wanted[start : start + size], dtype=torch.float)
-                part = find_steering(model, layers, vector, some, positions, mode, steps, keep_norm)
-                steered = visiting(model, part.points, part.change, branch, part.step_check())
+                part = replace(steering, factors=some)
+                steered = visiting(model, part.points, part.change, branch, part.step_check(), required=True)
                 found[-1] += run(steered, text, len(some), seed, arguments)
                 bar.update(len(some))
     rows = tuple(map(tuple, found))

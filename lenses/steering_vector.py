@@ -39,10 +39,13 @@ from diffsight.lenses.tokens.choosing import check_count
 from diffsight.lenses.visits.contrast_plots import contrast_figure
 from diffsight.lenses.visits.mean_states import ImagePrompts, mean_states_of_tokens
 from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_points
+from diffsight.lenses.visits.steered import check_positions
 from diffsight.lenses.visits.visiting import is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
+from diffsight.pipelines.numbers import unpacked
+from diffsight.pipelines.seeds import as_seed
 
 METHODS = ("mean", "pca", "probe")
 _TENSORS = "vectors.safetensors"
@@ -202,15 +205,18 @@ def steering_vector(
         PointNotFoundError: A path does not exist.
     """
     _check(model, positive, negative, method, steps, branch, seed)
+    items = None if steps is None else check_steps(steps)
     check_options(steering_vector, model, arguments)
     batch_size, points = check_count("batch_size", batch_size), named_points(model, layers)
     if isinstance(model, LanguageModel):
-        positions = -1 if positions is None else positions
+        positions = -1 if positions is None else unpacked(positions)
         read = partial(mean_states_of_tokens, model, points)
         sides = [read(side, positions, batch_size, progress, arguments) for side in (positive, negative)]
     else:
         _check_one_kind(model, points)
-        reader = ImagePrompts(model, points, positions, steps, branch, batch_size, seed or 0, progress, arguments)
+        positions = None if positions is None else check_positions(positions)
+        first = as_seed(seed or 0)
+        reader = ImagePrompts(model, points, positions, items, branch, batch_size, first, progress, arguments)
         sides = [reader.read(side) for side in (positive, negative)]
     with_it, without = sides
     vectors = {name: _vectors(method, with_it.values[name], without.values[name]) for name in with_it.values}
@@ -244,7 +250,6 @@ def _check(model: Any, positive: Any, negative: Any, method: str, steps: Steps, 
             f'method="pca" compares prompts in pairs, but there are {len(positive)} positive and {len(negative)} '
             "negative ones"
         )
-    check_steps(steps)
     if isinstance(model, LanguageModel):
         given = {"steps": steps, "branch": branch, "seed": seed}
         for name, value in given.items():

@@ -37,6 +37,7 @@ from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,9 +212,10 @@ def top_examples(
     """
     check_model(top_examples, model)
     check_options(top_examples, model, arguments)
-    check_types(top_examples, prompts=[prompts] if isinstance(prompts, str) else prompts, point=point, seed=seed)
-    check_count("count", count)
-    check_count("batch_size", batch_size)
+    check_types(top_examples, prompts=[prompts] if isinstance(prompts, str) else prompts, point=point)
+    seed = as_seed(seed)
+    count = check_count("count", count)
+    batch_size = check_count("batch_size", batch_size)
     point, chosen = point_of(sae, point), check_features(sae, features)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:

@@ -24,7 +24,6 @@ from diffsight.lenses.features.activation_stream import (
 from diffsight.lenses.features.autoencoder import SAE, check_sizes
 from diffsight.lenses.features.sae_checks import check_model
 from diffsight.lenses.features.sae_trainer import CHECKPOINT, SAESettings, SAETrainer
-from diffsight.lenses.numbers import as_seed
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.record import write_record
@@ -34,6 +33,7 @@ from diffsight.lenses.work_sharing import Processes
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.seeds import as_seed
 
 
 def train_sae(
@@ -91,8 +91,8 @@ def train_sae(
     check_types(train_sae, point=point, settings=settings, folder=folder)
     seed = as_seed(seed)
     check_sizes(features, kind, k, of)
-    check_count("buffer", buffer)
-    check_count("prompts_per_run", prompts_per_run)
+    buffer = check_count("buffer", buffer)
+    prompts_per_run = check_count("prompts_per_run", prompts_per_run)
     settings, processes = settings or SAESettings(), Processes()
     if settings.batch_size % processes.count:
         raise InputError(f"batch_size must be a multiple of {processes.count}, the number of processes")

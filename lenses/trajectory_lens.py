@@ -207,8 +207,8 @@ def trajectory_lens(
     _check_exits(model, exits)
     call = {**arguments, "seed": int(seed)}
     model.check(**call)
-    check_steps_ahead(steps, model, call)
-    reading = _StepReading(model, call, steps, shown, exits is not None)
+    chosen = check_steps_ahead(steps, model, call)
+    reading = _StepReading(model, call, chosen, shown, exits is not None)
     with progress_bar(model.pipeline, desc="steps", disable=not progress):
         finished = reading.run()
     latents, order = reading.latents(), []

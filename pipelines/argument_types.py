@@ -15,8 +15,7 @@ from functools import cache
 from typing import Any
 
 from diffsight.errors import InputError
-
-_NUMBERS = {int: ["__index__"], float: ["__index__", "__float__"]}  # the methods that numbers have
+from diffsight.pipelines.numbers import as_integer, as_number
 
 
 def check_types(function: Callable, **values: Any) -> None:
@@ -47,8 +46,7 @@ def fits(value: Any, declared: Any) -> bool:
     if declared in (None, type(None)):
         return value is None
     if declared in (int, float):
-        is_number = any(hasattr(value, name) for name in _NUMBERS[declared]) and not isinstance(value, bool)
-        return is_number and not getattr(value, "ndim", 0)
+        return (as_integer if declared is int else as_number)(value) is not None
     if origin is tuple and inner[-1:] != (...,):
         return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(fits, value, inner))
     if origin in (Sequence, Iterable, list, tuple):

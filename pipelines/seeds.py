@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import index
 from typing import Any
 
 import torch
 
 from diffsight.errors import InputError
+from diffsight.pipelines.numbers import as_integer
 
 _BLOCK_SIZE = 624  # of a Mersenne Twister
 _MOST_BLOCKS = 2**20  # a generator that has drawn more, or was set to another state, is not compared
@@ -16,8 +18,19 @@ _PLACE, _BLOCK = [*range(8, 24), *range(5040, 5044)], slice(24, 24 + 8 * _BLOCK_
 
 def check_seed(seed: Any) -> None:
     """Raise InputError unless `seed` is an integer from 0 to 2**64 - 1."""
-    if isinstance(seed, (bool, torch.Tensor)) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
+    number = None if isinstance(seed, torch.Tensor) else as_integer(seed)
+    if number is None or not 0 <= number < 2**64:
         raise InputError(f"a seed is an integer from 0 to 2**64 - 1, not {seed!r}")
+
+
+def as_seed(seed: Any) -> int:
+    """Return a seed as an `int`.
+
+    Raises:
+        InputError: It is not an integer from 0 to 2**64 - 1.
+    """
+    check_seed(seed)
+    return index(seed)
 
 
 def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:

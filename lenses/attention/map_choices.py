@@ -9,22 +9,22 @@ from diffsight.lenses.attention.map_memory import check_memory
 from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, count_steps
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.layers import Layers, choose_layers
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.pipelines.diffusion.attention import Attention, Attentions
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 _KEPT = ("steps", "layers", "heads")
 
 
 def check_maps(
     lens: str, model: Any, prompt: Any, steps: Steps, seed: Any, keep: Any, arguments: Mapping[str, Any]
-) -> None:
-    """Raise InputError for an argument that no attention map can take."""
+) -> list[int | slice]:
+    """Return the items of `steps`. Raise InputError for an argument that no attention map can take."""
     check_call(lens, model, prompt, seed, None, arguments)
     if keep is not None and keep not in _KEPT:
         raise InputError(f"keep: there is no {keep!r}{suggest(str(keep), _KEPT)}, only {', '.join(_KEPT)}")
     model.check(prompt=prompt, seed=seed, **arguments)
-    check_steps_ahead(steps, model, arguments)
+    return check_steps_ahead(steps, model, arguments)
 
 
 def chosen_attentions(

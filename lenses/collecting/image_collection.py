@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.visits.named_points import NamedPoint
-from diffsight.lenses.visits.steered import Positions, where_in_sequence
+from diffsight.lenses.visits.steered import where_in_sequence
 from diffsight.lenses.visits.visited_steps import VisitedSteps
 from diffsight.lenses.visits.visiting import Visit, has_branches, visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -38,9 +37,9 @@ class ImageCollection:
 
     model: DiffusionModel
     points: tuple[NamedPoint, ...]
-    positions: Positions
+    positions: Sequence[int] | None
     sample: int | None
-    steps: Steps
+    steps: Sequence[int | slice] | None
     branch: str
     dtype: torch.dtype | None
     seed: int

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer, as_seed
+from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_integer
+from diffsight.pipelines.seeds import as_seed
 
 Pairs = Sequence[tuple[str, str]]
 TEMPLATE = "Q: {}\nA:{}\n\n"
@@ -59,20 +61,20 @@ def few_shot_prompts(
     examples = as_integer(shots)
     if examples is None or examples < 0 or examples == 1:
         raise InputError(f"shots must be 2 or more, so that answers can be shuffled, or 0 for none, not {shots!r}")
-    if shots >= len(pairs):
-        raise InputError(f"{shots} examples and a question need {shots + 1} pairs, but there are {len(pairs)}")
+    if examples >= len(pairs):
+        raise InputError(f"{examples} examples and a question need {examples + 1} pairs, but there are {len(pairs)}")
     chosen, prompts = random.Random(as_seed(seed)), []
-    for number in range(len(pairs) if count is None else count):
+    for number in range(len(pairs) if count is None else check_count("count", count)):
         asked = pairs[number % len(pairs)]
-        shown = chosen.sample([pair for pair in pairs if pair != asked], shots)
+        shown = chosen.sample([pair for pair in pairs if pair != asked], examples)
         answers = [answer for _, answer in shown]
         others = answers[1:] + answers[:1]  # each question gets the answer of the next
-        if shots and answers == others:
+        if examples and answers == others:
             raise InputError(
                 f"the examples of a prompt all have the answer {answers[0]!r}, so the answers cannot be shuffled"
             )
         question = template.format(asked[0], "\0").partition("\0")[0]
-        shuffled = _written(template, zip((q for q, _ in shown), others)) + question if shots else None
+        shuffled = _written(template, zip((q for q, _ in shown), others)) + question if examples else None
         prompts.append(FewShotPrompt(_written(template, shown) + question, f" {asked[1]}", shuffled))
     return prompts
 

@@ -8,11 +8,11 @@ from typing import Any
 from diffusers import SchedulerMixin
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer, as_slice, unpacked
 from diffsight.lenses.options import check_kind, check_options
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.numbers import as_integer, as_slice, unpacked
 
 _SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
@@ -59,12 +59,13 @@ def check_steps(steps: Steps) -> list[int | slice]:
     return found
 
 
-def check_steps_ahead(steps: Steps, model: DiffusionModel, arguments: Mapping[str, Any]) -> None:
-    """Check the steps that the user passed, and that the run has them if its arguments determine how many it has."""
-    check_steps(steps)
-    count = count_steps(model, arguments)
+def check_steps_ahead(steps: Steps, model: DiffusionModel, arguments: Mapping[str, Any]) -> list[int | slice]:
+    """Return the items that the user passed as steps, and check that the run has them if its arguments determine how
+    many it has."""
+    items, count = check_steps(steps), count_steps(model, arguments)
     if count is not None:
-        choose_steps(steps, count)
+        choose_steps(items, count)
+    return items
 
 
 def count_steps(model: DiffusionModel, arguments: Mapping[str, Any]) -> int | None:

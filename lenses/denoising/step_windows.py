@@ -10,7 +10,7 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import choose_steps
-from diffsight.lenses.numbers import as_integer, as_slice, unpacked
+from diffsight.pipelines.numbers import as_integer, as_slice, unpacked
 
 Windows = str | int | slice | Iterable[int | slice | range] | None
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.options import check_kind
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoding import cut_off
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.text_encoders import Encoder
+from diffsight.pipelines.numbers import as_integer
 
 _SEVERAL = ". For several, call it for each, or use diffsight.gallery.sweep"
 

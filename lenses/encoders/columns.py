@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer, unpacked
+from diffsight.pipelines.numbers import as_integer, unpacked
 from diffsight.pipelines.words import PromptWords
 
 WordOrTokens = str | int | range

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps, check_steps, check_steps_ahead, choose_steps
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
@@ -97,6 +97,10 @@ class PointReader:
     of: str = "output"
     steps: Steps = None
     arguments: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            object.__setattr__(self, "steps", check_steps(self.steps))  # an iterator can be read only once
 
     @property
     def is_in_denoiser(self) -> bool:

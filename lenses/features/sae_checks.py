@@ -5,9 +5,9 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 
 def check_model(function: Callable, model: Any) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.metrics.metric import LAST_LOGITS, LOGITS, Metric, Outcome
-from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
+from diffsight.pipelines.numbers import as_integer
 
 Token = str | int
 Tokens = Token | Sequence[Token]

@@ -15,9 +15,9 @@ from typing import Any
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order, layer_place
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 Sites = str | Sequence[str]
 NAMED = {  # the point of a layer that a name stands for

@@ -17,7 +17,6 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.pairing import words_read
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.sites.position_pairs import ALIGN, pair_positions
 from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.lenses.sites.regions import NAMED, Box, choose_regions, is_box, region_index
@@ -26,6 +25,7 @@ from diffsight.pipelines.diffusion.attention import find_attentions
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 _OF_KEYS = ("k", "v")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.columns import Column
-from diffsight.lenses.numbers import unpacked
 from diffsight.lenses.sites.prompt_tokens import PromptTokens
+from diffsight.pipelines.numbers import unpacked
 from diffsight.pipelines.words import PromptWords
 
 Position = str | int | range | tuple[Any, Any]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import as_integer
 from diffsight.pipelines.words import PromptWords, align_words
 
 

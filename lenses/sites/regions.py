@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_number
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.numbers import as_number
 
 Box = tuple[float, float, float, float]
 NAMED: Mapping[str, Box] = {

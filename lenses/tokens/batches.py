@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.numbers import as_integer, as_slice, unpacked
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.numbers import as_integer, as_slice, unpacked
 from diffsight.pipelines.vision_language.model import VisionLanguageRun
 
 Positions = int | slice | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | str | None
@@ -92,9 +92,7 @@ def as_prompts(prompts: Any) -> list[Any]:
     prompts = list(prompts)
     if not prompts:
         raise InputError("there is no prompt: the list is empty")
-    one = isinstance(prompts[0], Mapping) or (
-        hasattr(prompts[0], "__index__") and not (isinstance(prompts[0], torch.Tensor) and prompts[0].ndim)
-    )
+    one = isinstance(prompts[0], Mapping) or as_integer(prompts[0]) is not None
     return [prompts] if one else prompts
 
 

@@ -7,25 +7,25 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.options import check_kind
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 Tokens = str | int | Iterable[str | int] | None
 
 
 def layers_and_tokens(
     lens: str, model: Any, layers: Layers, tokens: Tokens, top_k: int
-) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
-    """Return the layers and the token ids that a lens reads.
+) -> tuple[tuple[Layer, ...], tuple[int, ...], int]:
+    """Return the layers and the token ids that a lens reads, and how many of the most likely tokens.
 
     Raises:
         InputError: The lens cannot read this model, a layer or token does not exist, or there are fewer than
             `top_k` tokens.
     """
     check_language_model(lens, model)
-    check_count("top_k", top_k, model.vocabulary_size)
-    return layers_to_read(model, layers), () if tokens is None else choose_tokens(model, tokens)
+    top_k = check_count("top_k", top_k, model.vocabulary_size)
+    return layers_to_read(model, layers), () if tokens is None else choose_tokens(model, tokens), top_k
 
 
 def check_language_model(lens: str, model: Any) -> None:

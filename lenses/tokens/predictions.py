@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer
-from diffsight.lenses.numbers import as_integer
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.marked_text import marked
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, CurveSection, Section, TableSection
 from diffsight.lenses.results.token_plots import curves, table, visible
+from diffsight.pipelines.numbers import as_integer
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,9 @@ import torch
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
-from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.tokens.batches import Batch, open_batches
 from diffsight.lenses.visits.named_points import NamedPoint, PointName
-from diffsight.lenses.visits.steered import Positions, where_in_sequence
+from diffsight.lenses.visits.steered import where_in_sequence
 from diffsight.lenses.visits.visited_steps import VisitedSteps
 from diffsight.lenses.visits.visiting import Visit, visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -67,7 +66,7 @@ class ImagePrompts:
         model: The pipeline.
         points: The points to read, all in denoisers or all in text encoders.
         positions: The positions in a sequence whose mean is taken. None means all.
-        steps: The denoising steps to read.
+        steps: The denoising steps to read. None means all.
         branch: The branch of guidance.
         batch_size: The number of prompts in a call.
         seed: The seed of the first prompt.
@@ -77,8 +76,8 @@ class ImagePrompts:
 
     model: DiffusionModel
     points: tuple[NamedPoint, ...]
-    positions: Positions
-    steps: Steps
+    positions: Sequence[int] | None
+    steps: Sequence[int | slice] | None
     branch: str | None
     batch_size: int
     seed: int

@@ -16,8 +16,8 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, layer_place
-from diffsight.lenses.numbers import unpacked
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.numbers import unpacked
 
 PointName = Layer | str
 

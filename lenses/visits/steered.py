@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from diffsight.errors import InputError, users_frame
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.numbers import as_integer, unpacked
 from diffsight.lenses.tokens.batches import batch_of
 from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_points
 from diffsight.lenses.visits.visited_steps import VisitedSteps
@@ -20,6 +19,7 @@ from diffsight.lenses.visits.visiting import Visit, is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.language.text_configs import WRITES, text_config
+from diffsight.pipelines.numbers import as_integer, unpacked
 
 Positions = int | Sequence[int] | torch.Tensor | None
 
@@ -35,9 +35,9 @@ class Steering:
         points: The points.
         vectors: The vector of each point, (features,), or (steps, features).
         factors: The factor of the vectors, or one factor for each row of the batch, (rows,).
-        positions: As in `steer`.
+        positions: The positions, or a mask over the image, (rows, columns). None means all.
         mode: "add" or "remove".
-        steps: As in `steer`.
+        steps: The denoising steps or generated tokens. None means all.
         keep_norm: Whether each vector of a value keeps its length.
         timesteps: The timesteps that vectors of several steps belong to.
     """
@@ -46,9 +46,9 @@ class Steering:
     points: tuple[NamedPoint, ...]
     vectors: Mapping[PointName, torch.Tensor]
     factors: float | torch.Tensor
-    positions: Positions
+    positions: list[int] | torch.Tensor | None
     mode: str
-    steps: Steps
+    steps: list[int | slice] | None
     keep_norm: bool
     timesteps: tuple[float, ...] | None = None
 
@@ -59,20 +59,24 @@ class Steering:
         where = self._where(visit)
         return None if where is None else torch.where(where, self._moved(visit), visit.value)
 
-    def step_check(self) -> Callable[[int], None]:
+    def step_check(self) -> Callable[[int], None] | None:
         """Return a function that takes the number of steps of a run of a language model, and warns of chosen steps that
-        the run did not have, at the line of the user's code that is being executed now."""
-        frame, _ = users_frame()
-        return partial(self._warn_of_steps, frame.f_code.co_filename, frame.f_lineno)
+        the run did not have, at the line of the user's code that is being executed now.
 
-    def _warn_of_steps(self, file: str, line: int, count: int) -> None:
-        items = [] if self.steps is None else check_steps(self.steps)
-        missed = [str(item) for item in items if not any(is_among(step, [item]) for step in range(count))]
+        Return None if there is nothing to check: the model is another one, or all steps are chosen."""
+        if self.steps is None or not isinstance(self.model, LanguageModel):
+            return None
+        frame, _ = users_frame()
+        return partial(self._warn_of_steps, frame.f_globals, frame.f_code.co_filename, frame.f_lineno)
+
+    def _warn_of_steps(self, names: dict[str, Any], file: str, line: int, count: int) -> None:
+        missed = [_written(item) for item in self.steps if not any(is_among(step, [item]) for step in range(count))]
         if missed:
             which = ", ".join(missed if len(missed) < 4 else [*missed[:2], "…", missed[-1]])
             ran = f"{count} steps, 0 to {count - 1}" if count > 1 else "1 step, 0"
             message = f"nothing was steered in step{'s' * (len(missed) > 1)} {which}: the run had {ran}"
-            warnings.warn_explicit(message, RuntimeWarning, file, line)
+            registry = names.setdefault("__warningregistry__", {})  # so that a line warns once by default
+            warnings.warn_explicit(message, RuntimeWarning, file, line, registry=registry)
 
     def _moved(self, visit: Visit) -> torch.Tensor:
         value, vector = visit.value, self._vector(visit)
@@ -124,7 +128,7 @@ class Steering:
         if isinstance(self.model, LanguageModel):
             is_prompt = visit.step.index == 0 and visit.call == 0
             return self._where_in_prompts(visit) if is_prompt else None
-        if isinstance(self.positions, torch.Tensor) and self.positions.ndim == 2:
+        if isinstance(self.positions, torch.Tensor):
             return region(self.model, visit, self.positions)
         return where_in_sequence(visit, self.positions)
 
@@ -168,9 +172,8 @@ def find_steering(
     else:
         vectors = {point.name: vectors[point.name] for point in points}
     _check_width(model, points, vectors)
-    _check_steps(model, points, steps)
-    _check_positions(model, positions)
-    return Steering(model, points, vectors, factors, positions, mode, steps, keep_norm, timesteps)
+    chosen, places = _checked_steps(model, points, steps), _checked_positions(model, positions)
+    return Steering(model, points, vectors, factors, places, mode, chosen, keep_norm, timesteps)
 
 
 def check_vector(vector: Any) -> torch.Tensor:
@@ -194,10 +197,11 @@ def _check_width(model: Any, points: Sequence[NamedPoint], vectors: Mapping[Poin
             raise InputError(f"the vector has {found} features, but hidden states have {width}")
 
 
-def _check_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> None:
+def _checked_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> list[int | slice] | None:
     if steps is None:
-        return
-    bounds = [bound for item in check_steps(steps) for bound in _bounds(item)]
+        return None
+    items = check_steps(steps)
+    bounds = [bound for item in items for bound in _bounds(item)]
     if isinstance(model, LanguageModel) and any(bound is not None and bound < 0 for bound in bounds):
         raise InputError(
             "steps cannot be negative here: step 0 is the prompt, and it is not known in advance how many tokens follow"
@@ -205,22 +209,31 @@ def _check_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> None
     for point in points:
         if not is_in_steps(model, point):
             raise InputError(f"{point.name} does not run in steps: omit steps")
+    return items
 
 
 def _bounds(item: int | slice) -> tuple[int | None, ...]:
     return (item.start, item.stop) if isinstance(item, slice) else (item,)
 
 
-def _check_positions(model: Any, positions: Positions) -> None:
+def _written(item: int | slice) -> str:
+    """Return a step or a slice of steps as it is written in brackets: 5:9."""
+    if not isinstance(item, slice):
+        return str(item)
+    bounds = [item.start, item.stop] if item.step is None else [item.start, item.stop, item.step]
+    return ":".join("" if bound is None else str(bound) for bound in bounds)
+
+
+def _checked_positions(model: Any, positions: Positions) -> list[int] | torch.Tensor | None:
     if positions is None:
-        return
+        return None
     if isinstance(positions, torch.Tensor) and positions.ndim == 2:
         if not isinstance(model, DiffusionModel):
             raise InputError("a mask over an image is for pipelines: pass the positions of tokens")
         if positions.dtype != torch.bool:
             raise InputError(f"a mask over the image must be of torch.bool, not {positions.dtype}")
-        return
-    check_positions(positions, ", or a mask (rows, columns) of torch.bool")
+        return positions
+    return check_positions(positions, ", or a mask (rows, columns) of torch.bool")
 
 
 def check_positions(positions: Any, others: str = "") -> list[int]:
@@ -239,13 +252,13 @@ def check_positions(positions: Any, others: str = "") -> list[int]:
     return found
 
 
-def is_among(index: int, steps: Steps) -> bool:
+def is_among(index: int, steps: Sequence[int | slice]) -> bool:
     """Return whether a generated token is chosen, while the number of tokens is unknown."""
     return any(
         index in range(item.start or 0, index + 1 if item.stop is None else item.stop, item.step or 1)
         if isinstance(item, slice)
         else item == index
-        for item in check_steps(steps)
+        for item in steps
     )
 
 
@@ -283,9 +296,8 @@ def _resized(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return resized
 
 
-def where_in_sequence(visit: Visit, positions: Positions) -> torch.Tensor:
+def where_in_sequence(visit: Visit, places: Sequence[int]) -> torch.Tensor:
     """Return which positions of a value are chosen, (positions, 1), or (rows, columns, 1) in a feature map."""
-    places = check_positions(positions)
     shape = visit.value.shape[1:-1]
     count = shape.numel()
     for place in places:

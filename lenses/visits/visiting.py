@@ -47,12 +47,26 @@ class Visit:
     call: int
 
 
+class _Reached:
+    """The calls of a point that the runs of a copy have visited.
+
+    The edits of a run begin one directly after another, so the next edit finds in `latest` the calls of its own run."""
+
+    latest: list[int]
+
+    def begin(self) -> list[int]:
+        """Return the list of calls of a new run."""
+        self.latest = []
+        return self.latest
+
+
 def visiting(
     model: Wrapper,
     points: Sequence[NamedPoint],
     function: Callable[[Visit], torch.Tensor | None],
     branch: str | None = None,
     ended: Callable[[int], None] | None = None,
+    required: bool = False,
 ) -> Wrapper:
     """Return a copy of the model that calls `function` each time it passes one of the points.
 
@@ -62,16 +76,20 @@ def visiting(
         function: Takes the visit. If it returns a tensor, (batch, ..., features), the model continues with that.
         branch: "cond", "uncond" or "both" branches of guidance. None means the conditional branch where there are
             branches: in the denoisers and text encoders of a pipeline that takes a prompt or a guidance scale.
-        ended: Called with the number of steps at the end of each run of a language model.
+        ended: Called with the number of steps at the end of each run, for a model that runs in steps.
+        required: Whether a run without an unconditional branch is an error if "uncond" is asked for.
 
     Raises:
-        InputError: There are no branches at a point. A run of the copy raises it if guidance is off, so that there is
-            no unconditional branch.
+        InputError: There are no branches at a point.
     """
-    visitors = [
-        _visitor(point, function, _branch_at(model, point, branch), is_in_steps(model, point)) for point in points
-    ]
-    if ended is not None and isinstance(model, LanguageModel):
+    visitors: list[Callable[[Any], None]] = []
+    for point in points:
+        which, steps = _branch_at(model, point, branch), is_in_steps(model, point)
+        reached = _Reached()
+        visitors.append(_visitor(point, function, which, steps, reached))
+        if required and which == "uncond":
+            visitors.append(_check_of_branch(point, steps, reached))
+    if ended is not None:
         visitors.append(lambda run: ended(sum(1 for _ in run.steps)))
     copy = model.edit(visitors[0])
     for visitor in visitors[1:]:
@@ -112,25 +130,23 @@ def _takes_guidance(model: DiffusionModel) -> bool:
 
 
 def _visitor(
-    point: NamedPoint, function: Callable[[Visit], torch.Tensor | None], branch: str, steps: bool
+    point: NamedPoint, function: Callable[[Visit], torch.Tensor | None], branch: str, steps: bool, reached: _Reached
 ) -> Callable[[Any], None]:
     """Return an edit that visits a point."""
 
     path = f"{point.path}.{'input' if point.is_input else 'output'}"
 
     def visit(run: Any) -> None:
-        was_there = False
+        calls = reached.begin()
         module = (run if branch == "both" else getattr(run, branch))[point.path]
         for step in run.steps if steps else [None]:
             for number in count():
                 call = module.calls[number]
                 try:
                     whole = call.input if point.is_input else call.output
-                except OutOfOrderError as error:  # the step has ended
-                    if branch == "uncond" and not was_there:
-                        raise InputError(str(error)) from None
+                except OutOfOrderError:  # the step has ended
                     break
-                was_there = True
+                calls.append(number)
                 value = tensor_of(whole, path, point.item)
                 is_map = value.ndim >= 4
                 new = function(Visit(point, channels_last(value), run, step, number))
@@ -143,3 +159,22 @@ def _visitor(
                     call.output = whole
 
     return visit
+
+
+def _check_of_branch(point: NamedPoint, steps: bool, reached: _Reached) -> Callable[[Any], None]:
+    """Return an edit that raises InputError once a run has passed a point without an unconditional branch.
+
+    It is an edit of its own, because one that still waits for a point ends silently with the run."""
+
+    def check(run: Any) -> None:
+        calls, begun = reached.latest, 0
+        for step in run.steps if steps else run.steps[:1]:  # text encoders run before the first step
+            begun = step.index + 1
+        was_stopped = begun < (len(run.scheduler.timesteps) if steps else 1)
+        if not calls and not was_stopped:
+            raise InputError(
+                f"uncond.{point.path} was asked for, but there is no unconditional branch at that point: guidance is "
+                "off, the pipeline does not encode a negative prompt, or the run does not call the module"
+            )
+
+    return check

@@ -102,7 +102,7 @@ def test_the_prompt_is_encoded_once(model):
 
 
 def test_some_layers_heads_and_steps(model, sd):
-    result = attention_maps(model, PROMPT, "circle", seed=3, layers=[1, -1], heads=[1], steps=[1], **SHORT)
+    result = attention_maps(model, PROMPT, "circle", seed=3, layers=[1, -1], heads=[1], steps=iter([1]), **SHORT)
     kept = kept_by_processors(sd, "attn2")
     names = ["mid_block.attentions.0.transformer_blocks.0.attn2", "up_blocks.1.attentions.1.transformer_blocks.0.attn2"]
     maps = [enlarged(kept[name][1][1, :, 3][None]) for name in names]

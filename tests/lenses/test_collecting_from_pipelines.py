@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,24 @@ def test_every_vector_is_where_it_says(model, hooked, branch, branches):
     assert found.where(MID, prompt=1, step=2).shape == (64 * len(branches), 32)
 
 
+def test_both_branches_without_guidance_are_the_conditional_one(model):
+    call = CALL | {"guidance_scale": 1.0}
+    both, cond = (
+        collect_activations(model, PROMPTS[0], layers=[MID, LAYER], branch=b, **call) for b in ("both", "cond")
+    )
+    for point in (MID, LAYER):
+        assert torch.equal(both[point], cond[point]) and torch.equal(both.origins[point], cond.origins[point])
+    assert len(both[MID]) == 3 * 64
+
+
+def test_an_iterator_holds_positions_and_steps(model):
+    given, lists = (
+        collect_activations(model, PROMPTS, layers=MID, positions=kind([0, 5]), steps=kind([0, -1]), **CALL)
+        for kind in (iter, list)
+    )
+    assert torch.equal(given[MID], lists[MID]) and len(given[MID]) == len(PROMPTS) * 2 * 2
+
+
 def test_sampled_positions_and_chosen_steps(model, hooked):
     options = {"layers": [MID, LAYER], "steps": [0, -1], "sample": 5, "seed": 4, "dtype": torch.float16}
     found = collect_activations(model, PROMPTS, **options, **CALL)
@@ -105,6 +124,18 @@ def test_files_are_loaded_and_continued(model, tmp_path, monkeypatch):
         load_activations(tmp_path / "states", layers=["unet"])
 
 
+def test_numbers_of_another_kind_continue_a_collection(model, tmp_path, monkeypatch):
+    numpy = {"positions": np.arange(2), "sample": np.int64(2), "steps": np.arange(2), "batch_size": np.int64(1)}
+    plain = {"positions": [0, 1], "sample": 2, "steps": [0, 1], "batch_size": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "generate", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            collect_activations(model, PROMPTS, layers=MID, folder=tmp_path / "states", **numpy, **CALL)
+    collect_activations(model, PROMPTS, layers=MID, folder=tmp_path / "states", **plain, **CALL)
+    index = json.loads((tmp_path / "states" / "activations.json").read_text())
+    assert index["positions"] == [0, 1] and index["sample"] == 2
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -114,6 +145,7 @@ def test_files_are_loaded_and_continued(model, tmp_path, monkeypatch):
         ({"layers": "vae.decoder", "branch": "cond"}, "branches of guidance exist in"),
         ({"sample": 0}, "sample must be a positive integer"),
         ({"steps": "x"}, "steps are integers or slices"),
+        ({"positions": 1.5}, "positions are integers, not 1.5"),
         ({"prompts": []}, "prompts must be a prompt"),
     ],
 )

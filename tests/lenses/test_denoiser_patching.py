@@ -9,7 +9,7 @@ from diffsight import DiffusionModel, activation_patching, block_ablation
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses import latent_distance, pixel_distance
 from helpers import SEED, draw, first, module_at, outputs, pipeline_footprint, refusal, replaced, with_first
-from models import diffusion
+from models import denoisers, diffusion
 
 KINDS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "pixart_sigma")
 CLEAN, CORRUPTED = "a red circle above a blue square", "a green ring"
@@ -151,6 +151,19 @@ def test_a_skipped_block_may_be_inside_another(small):
     both = block_ablation(model, CLEAN, METRIC, sites=sites, **QUIET, **arguments)
     alone = [block_ablation(model, CLEAN, METRIC, sites=site, **QUIET, **arguments) for site in sites]
     assert torch.allclose(both.values, torch.cat([one.values for one in alone], 1), atol=1e-4)
+
+
+def test_a_block_with_an_input_of_both_branches_is_not_skipped_in_one():
+    """The rotary embeddings of HunyuanDiT."""
+    model, call = DiffusionModel(denoisers.hunyuan_dit()), {"num_inference_steps": 1, "height": 64, "width": 64}
+    call |= {"use_resolution_binning": False, "sites": "transformer.blocks[0]", **QUIET}
+    said = refusal(block_ablation, model, CLEAN, METRIC, branch="cond", **call)
+    assert said.startswith(
+        "transformer.blocks[0] cannot be skipped in one branch (cond.transformer.blocks[0].inputs cannot"
+    )
+    assert said.endswith('Omit branch, or pass mode="zero"')
+    assert float(block_ablation(model, CLEAN, METRIC, branch="cond", mode="zero", **call).effect) > 0
+    assert float(block_ablation(model, CLEAN, METRIC, **call).effect) > 0
 
 
 def test_a_skipped_module_returns_its_first_input():

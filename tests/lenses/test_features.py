@@ -66,7 +66,7 @@ def test_top_examples_of_a_text_encoder_and_a_language_model(sd, sae):
 @pytest.mark.parametrize(("change", "amount"), [("scale", 3.0), ("set", 20.0), ("add", 30.0)])
 def test_the_effect_of_features(sd, sae, change, amount):
     result = feature_effect(
-        DiffusionModel(sd), sae, PROMPTS[0], [FEATURE, 9], change=change, amounts=[amount], steps=0, seed=SEED,
+        DiffusionModel(sd), sae, PROMPTS[0], [FEATURE, 9], change=change, amounts=[amount], steps=iter([0]), seed=SEED,
         progress=False, **CALL,
     )  # fmt: skip
     calls = 0

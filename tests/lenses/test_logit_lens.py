@@ -4,6 +4,7 @@ import json
 from importlib.metadata import version
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -151,6 +152,14 @@ def test_token_ids_without_a_tokenizer(net):
     result = logit_lens(LanguageModel(net), [[5, 6, 7], [8]], positions=-1)
     assert result.prompts == ("5 6 7", "8")
     assert result.words[0][0][0].isdigit()
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_arrays_of_token_ids(model, kind):
+    ids = [[1, 2], [3, 4]]
+    for given, plain in (([kind(one) for one in ids], ids), (list(kind(ids[0])), ids[0])):
+        ours, expected = (logit_lens(model, one, keep_logits=True) for one in (given, plain))
+        assert torch.equal(ours.logits, expected.logits) and ours.prompts == expected.prompts
 
 
 def test_it_shows_itself(model, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffsight import lenses
+from diffsight.lenses.results.record import as_json
 from helpers import not_called, refusal
 from models import diffusion, lens_results
 
@@ -103,3 +104,33 @@ FEW = {"num_inference_steps": 2, "progress": False}
 )
 def test_numbers_of_any_kind(model, call, kind):
     assert np.array_equal(*(np.asarray(call(model, one)) for one in (kind, int)))
+
+
+PAIRS = [("hot", "cold"), ("big", "small"), ("up", "down")]
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda m, kind: lenses.invert(m, diffusion.IMAGE, PROMPT, fixed_point=kind(1), gamma=kind(0), **FEW).record(),
+        lambda m, kind: lenses.prompt_swap(m, PROMPT, "a", lenses.pixel_distance(), window=kind(2), **FEW).record(),
+        lambda m, kind: lenses.block_ablation(m, PROMPT, sites="unet.mid_block", max_rows=kind(9), **FEW).record(),
+        lambda m, kind: lenses.compare_encoders(
+            {"one": m, "two": m}, [PROMPT, "a"], images=kind(0), progress=False
+        ).record(),
+        lambda m, kind: lenses.causal_tracing(
+            m,
+            PROMPT,
+            "circle",
+            sites="unet.mid_block",
+            metric=lenses.pixel_distance(),
+            samples=kind(2),
+            batch_size=kind(2),
+            **FEW,
+        ).record(),
+        lambda m, kind: {"texts": [one.text for one in lenses.few_shot_prompts(PAIRS, kind(2), kind(2))]},
+    ],
+)
+def test_a_record_holds_numbers_of_python(model, record, kind):
+    assert as_json(record(model, kind)) == as_json(record(model, int))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -61,6 +62,15 @@ def test_another_layer_position_and_target(net, model):
             expected = logits_by_hand(net, states_at(net, text, position)[layer], 0, targets[i])
             assert torch.allclose(result.logits[i, j, 0], expected, atol=1e-5)
     assert [words[0] for words in result.inputs][:2] == ["T" if len(result.inputs[0][0]) == 1 else "The", " sat"]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_positions_in_an_array(model, kind):
+    for places in ([0, 2, -2], 0):
+        given, plain = (
+            patchscope_lens(model, PROMPTS, positions=one, keep_logits=True) for one in (kind(places), places)
+        )
+        assert torch.equal(given.logits, plain.logits)
 
 
 def test_hidden_states_in_the_place_of_prompts(net, model):

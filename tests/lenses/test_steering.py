@@ -1,11 +1,13 @@
 """Steering a model in everything it does, compared with a plain hook."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from diffsight import LanguageModel, steer
+from diffsight import LanguageModel, steer, steering_sweep
 from diffsight.errors import InputError
 from helpers import refusal
 from models import language
@@ -207,7 +209,9 @@ def test_generated_tokens_are_not_counted_from_the_end(model):
         ({"layers": np.int64(1)}, {"layers": 1}),
         ({"positions": np.arange(2)}, {"positions": [0, 1]}),
         ({"positions": torch.tensor(-1)}, {"positions": -1}),
+        ({"positions": iter([0, -1])}, {"positions": [0, -1]}),
         ({"steps": np.arange(1)}, {"steps": 0}),
+        ({"steps": iter([0])}, {"steps": 0}),
         ({"steps": slice(np.int64(0), np.int64(1))}, {"steps": 0}),
     ],
 )
@@ -238,7 +242,12 @@ def test_other_values_are_refused(model, given, said):
 
 @pytest.mark.parametrize(
     ("steps", "said"),
-    [([0, 9], "step 9: the run had 2 steps, 0 to 1"), (slice(5, 9), "step slice"), (range(6), "steps 2, 3, …, 5")],
+    [
+        ([0, 9], "step 9: the run had 2 steps, 0 to 1"),
+        (slice(5, 9), "step 5:9:"),
+        ([slice(5, None, 2), 4], "steps 5::2, 4:"),
+        (range(6), "steps 2, 3, …, 5"),
+    ],
 )
 def test_a_warning_of_steps_that_a_generation_did_not_have(model, steps, said):
     steered = steer(model, [0, 1], VECTOR, steps=steps)
@@ -252,3 +261,17 @@ def test_a_warning_of_steps_that_a_generation_did_not_have(model, steps, said):
 def test_no_warning_of_steps_that_a_generation_had(model, steps, recwarn):
     steer(model, 1, VECTOR, steps=steps).generate(PROMPTS[0], max_new_tokens=2).result
     assert not [one for one in recwarn if "steered" in str(one.message)]
+
+
+def test_steps_are_counted_only_where_some_are_chosen(model):
+    assert len(steer(model, 0, VECTOR).edits) == 1 and len(steer(model, 0, VECTOR, steps=0).edits) == 2
+
+
+def test_a_line_warns_once_of_steps(model):
+    """By default, as with other warnings: a sweep makes many runs."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        steering_sweep(
+            model, PROMPTS, 1, VECTOR, factors=[0, 1], steps=9, batch_size=1, max_new_tokens=2, progress=False
+        )
+    assert len([one for one in told if "nothing was steered in step 9" in str(one.message)]) == 1

@@ -1,9 +1,10 @@
 """Steering a pipeline at any point, compared with plain hooks on the bare pipeline."""
 
+import diffusers
 import pytest
 import torch
 
-from diffsight import DiffusionModel, Model, steer
+from diffsight import DiffusionModel, Model, steer, steering_sweep
 from diffsight.errors import InputError, PointNotFoundError
 from helpers import SEED, draw, module_at
 from models import denoisers, diffusion
@@ -123,6 +124,7 @@ MID = "unet.mid_block"
         ({"keep_norm": True}, keeping_norm, None),
         ({"steps": slice(1, None)}, add, [1, 2]),
         ({"steps": [-2]}, add, [1]),
+        ({"steps": iter([0, 2])}, add, [0, 2]),
     ],
 )
 def test_options(pipe, model, options, change, steps):
@@ -166,6 +168,17 @@ def test_a_mask_steers_a_region(model):
         assert torch.allclose(change[0, :, :4], vector(32)[:, None, None].expand(-1, 4, 8), atol=1e-5)
         assert not change[0, :, 4:].any()
         assert shape == tuple(value_at(model, path).shape)
+
+
+def test_an_iterator_holds_positions_and_steps(model):
+    sweep = {"factors": [1, 2], "batch_size": 1, "progress": False, "num_inference_steps": 3}
+    given, lists = (
+        steering_sweep(model, "a circle", MID, vector(32), positions=kind([0, 5]), steps=kind([0, -1]), **sweep).images[
+            0
+        ]
+        for kind in (iter, list)
+    )
+    assert [one.tobytes() for one in given] == [one.tobytes() for one in lists]
 
 
 def test_positions_of_a_text_encoder(model):
@@ -246,7 +259,43 @@ def test_a_block_that_returns_text_and_image_needs_to_be_told_which():
 def test_a_run_without_guidance_has_no_unconditional_branch(model, path):
     steered = steer(model, path, vector(32), branch="uncond")
     with pytest.raises(InputError, match="there is no unconditional branch at that point: guidance is off"):
-        steered.generate("a circle", seed=SEED, guidance_scale=1.0, num_inference_steps=2).result
+        steered.generate("a circle", seed=SEED, guidance_scale=1.0, num_inference_steps=3).result
+
+
+def two_denoisers():
+    kind = diffusion.PIPELINES["wan"]
+    parts = kind.build().components | {"transformer_2": kind.build().transformer}
+    pipe = diffusers.WanPipeline(**parts, boundary_ratio=0.5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, kind.inputs() | {"num_inference_steps": 4}
+
+
+def test_the_unconditional_branch_of_a_second_denoiser():
+    """It runs in the last steps only, in two calls: the conditional branch first."""
+    pipe, call = two_denoisers()
+    direction, calls = vector(32), []
+
+    def hook(module, args, output):
+        calls.append(output)
+        return output + direction if len(calls) % 2 == 0 else None
+
+    handle = pipe.transformer_2.blocks[0].register_forward_hook(hook)
+    want = draw(pipe, call)
+    handle.remove()
+    assert 0 < len(calls) < 8
+    steered = steer(DiffusionModel(pipe), "transformer_2.blocks[0]", direction, branch="uncond")
+    assert torch.equal(torch.as_tensor(steered.generate(**call, seed=SEED).result.frames), torch.as_tensor(want))
+    with pytest.raises(InputError, match=r"uncond.transformer_2.blocks\[0\] was asked for, but there is no uncond"):
+        steered.generate(**call | {"guidance_scale": 1.0}, seed=SEED).finish()
+
+
+def test_a_stopped_run_may_have_no_unconditional_branch_so_far():
+    pipe, call = two_denoisers()
+    model = DiffusionModel(pipe)
+    for path in ("transformer_2.blocks[0]", "text_encoder.layers[0]"):
+        with steer(model, path, vector(32), branch="uncond").generate(**call, seed=SEED) as run:
+            assert run.cond.transformer.blocks[0].output is not None
+            run.stop()
 
 
 def test_an_unconditional_pipeline_has_one_branch():

@@ -150,7 +150,7 @@ def test_other_schedulers_of_flows(cls):
 def test_images_are_what_the_pipeline_draws_from_the_latents(name):
     """The bare pipeline, whose last scheduler step returns the prediction."""
     pipe, arguments = diffusion.PIPELINES[name].build(), arguments_of(name)
-    result = trajectory_lens(DiffusionModel(pipe), **arguments, steps=[0, -1], **QUIET)
+    result = trajectory_lens(DiffusionModel(pipe), **arguments, steps=iter([0, -1]), **QUIET)
     step, count = pipe.scheduler.step, 0
     for i in range(2):
         count = 0

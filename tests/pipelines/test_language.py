@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -625,7 +626,7 @@ def test_invalid_inputs(model, given, words):
         model.generate(given)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64, "1", True, 1.5])
+@pytest.mark.parametrize("seed", [-1, 2**64, "1", True, 1.5, np.array([3]), np.bool_(True)], ids=str)
 def test_invalid_seeds(model, seed):
     with pytest.raises(InputError, match="a seed is an integer"):
         model.generate(PROMPT, seed=seed)

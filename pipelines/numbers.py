@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffsight.pipelines.seeds import check_seed
-
 
 def as_integer(value: Any) -> int | None:
     """Return an integer of any kind as an `int`, and None for anything else, such as a bool."""
@@ -21,7 +19,7 @@ def as_integer(value: Any) -> int | None:
         return None
     try:
         return index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # a tensor without a value, on the meta device
         return None
 
 
@@ -31,19 +29,9 @@ def as_number(value: Any) -> float | None:
     if whole is not None or _is_bool(value) or getattr(value, "ndim", 0) or not hasattr(value, "__float__"):
         return whole
     try:
-        return None if isinstance(value, np.complexfloating) else float(value)
+        return None if isinstance(value, (np.complexfloating, np.character)) else float(value)
     except (TypeError, ValueError, RuntimeError):  # a complex tensor, or an array of text
         return None
-
-
-def as_seed(value: Any) -> int:
-    """Return a seed as an `int`.
-
-    Raises:
-        InputError: It is not an integer from 0 to 2**64 - 1.
-    """
-    check_seed(value)
-    return index(value)
 
 
 def as_slice(value: slice) -> slice | None:
