@@ -65,7 +65,8 @@ sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole mo
 **A flow** (`flow_of(run)`) moves the model. A wrapper may set `flow.seed` (the model then draws random numbers from a
 state of its own) and `flow.observer` (it sees the calls of the components: `called`, `returned`, `ended`), add a
 function mode with `flow.add_mode(mode)`, and follow a point with the number of each call with `flow.keep(Asked(...),
-function)`. To follow values alone, use the public `run.follow(path, function)`.
+function)`. To follow values alone, use the public `run.follow(path, function)`. `flow.outcome` is `STOPPED` after
+`run.stop()`.
 
 **Selections** narrow a point to a part of its value. Subclass `Selection` (`take`, `put`; `call` and `at` if the part
 differs from call to call) and use it with `narrowed(points, selection)`, or in a `View` or `Row`, a run narrowed to it.
@@ -95,7 +96,7 @@ from diffsight.engine.coroutine import current_owner
 from diffsight.engine.hooks import FORWARD, ChangedMethod
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
-from diffsight.engine.run_end import Observer
+from diffsight.engine.run_end import STOPPED, Observer
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock
@@ -133,6 +134,7 @@ __all__ = [
     "FORWARD",
     "INPUTS",
     "OUTPUT",
+    "STOPPED",
     "Asked",
     "ChangedMethod",
     "Clock",

@@ -173,6 +173,11 @@ def find_steering(
         vectors = {point.name: vectors[point.name] for point in points}
     _check_width(model, points, vectors)
     chosen, places = _checked_steps(model, points, steps), _checked_positions(model, positions)
+    if isinstance(model, LanguageModel) and places is not None and chosen is not None and not is_among(0, chosen):
+        raise InputError(
+            "positions are those of the prompt, which is step 0, but steps leave that out: omit positions to steer the "
+            "tokens of the chosen steps"
+        )
     return Steering(model, points, vectors, factors, places, mode, chosen, keep_norm, timesteps)
 
 

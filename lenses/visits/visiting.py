@@ -9,6 +9,7 @@ The copy is an edited model: it shares the weights, and the visits go on until i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from diffsight.pipelines.diffusion.components import components, text_encoder_na
 from diffsight.pipelines.diffusion.denoising_clock import time_parameter
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.stopped_runs import was_stopped
 
 Wrapper = TypeVar("Wrapper")
 BRANCHES = ("cond", "uncond", "both")
@@ -76,7 +78,8 @@ def visiting(
         function: Takes the visit. If it returns a tensor, (batch, ..., features), the model continues with that.
         branch: "cond", "uncond" or "both" branches of guidance. None means the conditional branch where there are
             branches: in the denoisers and text encoders of a pipeline that takes a prompt or a guidance scale.
-        ended: Called with the number of steps at the end of each run, for a model that runs in steps.
+        ended: Called with the number of steps at the end of each run, for a model that runs in steps. Not called if the
+            run is stopped.
         required: Whether a run without an unconditional branch is an error if "uncond" is asked for.
 
     Raises:
@@ -90,7 +93,7 @@ def visiting(
         if required and which == "uncond":
             visitors.append(_check_of_branch(point, steps, reached))
     if ended is not None:
-        visitors.append(lambda run: ended(sum(1 for _ in run.steps)))
+        visitors.append(partial(_count_steps, ended))
     copy = model.edit(visitors[0])
     for visitor in visitors[1:]:
         copy.edit(visitor, inplace=True)
@@ -161,17 +164,22 @@ def _visitor(
     return visit
 
 
+def _count_steps(ended: Callable[[int], None], run: Any) -> None:
+    steps = sum(1 for _ in run.steps)
+    if not was_stopped(run):
+        ended(steps)
+
+
 def _check_of_branch(point: NamedPoint, steps: bool, reached: _Reached) -> Callable[[Any], None]:
     """Return an edit that raises InputError once a run has passed a point without an unconditional branch.
 
     It is an edit of its own, because one that still waits for a point ends silently with the run."""
 
     def check(run: Any) -> None:
-        calls, begun = reached.latest, 0
-        for step in run.steps if steps else run.steps[:1]:  # text encoders run before the first step
-            begun = step.index + 1
-        was_stopped = begun < (len(run.scheduler.timesteps) if steps else 1)
-        if not calls and not was_stopped:
+        calls = reached.latest
+        for _ in run.steps if steps else run.steps[:1]:  # text encoders run before the first step
+            pass
+        if not calls and not was_stopped(run):
             raise InputError(
                 f"uncond.{point.path} was asked for, but there is no unconditional branch at that point: guidance is "
                 "off, the pipeline does not encode a negative prompt, or the run does not call the module"

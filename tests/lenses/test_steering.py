@@ -260,7 +260,17 @@ def test_a_warning_of_steps_that_a_generation_did_not_have(model, steps, said):
 @pytest.mark.parametrize("steps", [None, 1, slice(1, None), slice(0, 9)])
 def test_no_warning_of_steps_that_a_generation_had(model, steps, recwarn):
     steer(model, 1, VECTOR, steps=steps).generate(PROMPTS[0], max_new_tokens=2).result
+    with steer(model, 1, VECTOR, steps=[0, 9]).generate(PROMPTS[0], max_new_tokens=2) as run:
+        run.layers[1].output
+        run.stop()
     assert not [one for one in recwarn if "steered" in str(one.message)]
+
+
+def test_positions_in_steps_without_the_prompt(model):
+    with pytest.raises(
+        InputError, match="positions are those of the prompt, which is step 0, but steps leave that out"
+    ):
+        steer(model, 1, VECTOR, positions=-1, steps=slice(1, None))
 
 
 def test_steps_are_counted_only_where_some_are_chosen(model):
