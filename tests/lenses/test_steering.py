@@ -267,9 +267,7 @@ def test_no_warning_of_steps_that_a_generation_had(model, steps, recwarn):
 
 
 def test_positions_in_steps_without_the_prompt(model):
-    with pytest.raises(
-        InputError, match="positions are those of the prompt, which is step 0, but steps"
-    ):
+    with pytest.raises(InputError, match="positions are those of the prompt, which is step 0, but steps"):
         steer(model, 1, VECTOR, positions=-1, steps=slice(1, None))
 
 
