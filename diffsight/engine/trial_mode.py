@@ -85,7 +85,8 @@ class TrialMode(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
-        if self._shared and self._trains(name, args, kwargs):
+        changed = _changed(name, args, kwargs)
+        if self._shared and (name == "backward" or not self._shared.isdisjoint(changed)):
             raise RuntimeError("it trains weights that are too large to be copied")
         moves, cuts = self._moves_rows(name, args, kwargs), self._cuts_rows(name, args, kwargs)
         if (moves or cuts) and _is_meta((args, kwargs)):
@@ -103,8 +104,7 @@ class TrialMode(TorchFunctionMode):
         result = function(*args, **kwargs)
         if name == "arange" and len(args) == 1 and "step" not in kwargs:
             self._ranges.append(result)
-        elif is_in_place(name) or name in _SETTING:
-            changed = {_memory_of(leaf) for leaf in tree_leaves(args[:1]) if isinstance(leaf, torch.Tensor)}
+        elif changed:
             self._ranges = [one for one in self._ranges if _memory_of(one) not in changed]
         if name in _DRAWING and self._is_batch(result) and not result.is_meta:
             result[self._total :] = torch.stack([result[self._total - 1], result[0]])[: self._size - self._total]
@@ -145,14 +145,13 @@ class TrialMode(TorchFunctionMode):
         count = len(parts) if is_stack else sum(part.shape[0] for part in parts if part.ndim)
         return count == self._size if name in _JOINING else count % self._size == 0
 
-    def _trains(self, name: str, args: tuple, kwargs: dict) -> bool:
-        """Whether a function changes a shared weight in place, or computes gradients for it."""
-        if name == "backward":
-            return True
-        if not (is_in_place(name) or name in _SETTING or "out" in kwargs):
-            return False
-        changed = [leaf for leaf in tree_leaves((args[:1], kwargs.get("out"))) if isinstance(leaf, torch.Tensor)]
-        return not self._shared.isdisjoint(map(_memory_of, changed))
+
+def _changed(name: str, args: tuple, kwargs: dict) -> set[int]:
+    """Return the memory of the tensors that a function changes in place, see `_memory_of`."""
+    if not (is_in_place(name) or name in _SETTING or "out" in kwargs):
+        return set()
+    changed = tree_leaves((args[:1], kwargs.get("out")))
+    return {_memory_of(leaf) for leaf in changed if isinstance(leaf, torch.Tensor)}
 
 
 def _reads_values(name: str, args: tuple, kwargs: dict) -> bool:

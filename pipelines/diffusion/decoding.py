@@ -35,7 +35,9 @@ def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments
     """
     batch, pipeline = _joined(latents), model.pipeline
     name, one_step = type(pipeline).__name__, _one_step(pipeline, batch)
-    call = one_step | arguments | {key: one_step[key] for key in ("strength",) if key in one_step}
+    call = one_step | arguments
+    if "strength" in one_step:
+        call["strength"] = one_step["strength"]
     call |= {} if is_on_server(model) else ending_with(pipeline, batch, step=0)
     try:
         with torch.no_grad(), progress_bar(pipeline, disable=True), model.generate(**call) as run:
