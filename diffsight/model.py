@@ -77,11 +77,11 @@ class Model(Envoy):
             grad: Whether to enable gradients. Otherwise the model runs in the grad mode in which the run is opened.
             **kwargs: Keyword arguments of the module.
         """
-        _check_grad(unwrapped(self._owner).forward, grad)
+        _check_grad(self._owner, grad)
         again = None if args else partial(self.trace, grad=grad, **kwargs)
         if not args and not kwargs and _requires_input(self._owner):
             return self._new_run(_no_input, again=again)
-        args, sizes = _batch(unwrapped(self._owner).forward, args, kwargs)
+        args, sizes = _batch(self._owner, args, kwargs)
         return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again, grad)
 
     def generate(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
@@ -104,7 +104,7 @@ class Model(Envoy):
             model.check(prompt, seed=seed, **arguments)     # raises what model.generate would raise
 
         Raises InputError if they cannot be used."""
-        _batch(unwrapped(self._owner).forward, args, kwargs)
+        _batch(self._owner, args, kwargs)
 
     def find_points(self, pattern: str) -> list[str]:
         """Return the paths of the points that a path or a pattern names, in the order of the tree.
@@ -239,7 +239,7 @@ def open_run(model: Model, function: Callable[[], Any]) -> Run:
 
 
 def _requires_input(module: nn.Module) -> bool:
-    needed = (p for p in _parameters(module.forward) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    needed = (p for p in _parameters(module) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return any(parameter.default is parameter.empty for parameter in needed)
 
 
@@ -247,12 +247,12 @@ def _no_input() -> Any:
     raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(x)")
 
 
-def _batch(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
-    """Return the arguments of a function, with a list of tensors joined into one unless the function takes a list, and
+def _batch(called: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
+    """Return the arguments of a module or function, with a list of tensors joined into one unless it takes a list, and
     the number of batch entries of each input."""
     first = args[0] if args else next(iter(kwargs.values()), None)
     if args and isinstance(first, list) and first and all(map(_has_rows, first)):
-        parameter = next(iter(_parameters(function)), None)
+        parameter = next(iter(_parameters(called)), None)
         if parameter is not None and re.search(_LIST, str(parameter.annotation)):
             return args, []
         try:
@@ -269,9 +269,9 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and not value.is_nested
 
 
-def _check_grad(function: Callable, grad: bool) -> None:
-    """Raise InputError if `grad=True` may be meant for the function, which has an argument of that name."""
-    parameters = [] if grad is False else _parameters(function)
+def _check_grad(called: Callable, grad: bool) -> None:
+    """Raise InputError if `grad=True` may be meant for the module or function, which has an argument of that name."""
+    parameters = [] if grad is False else _parameters(called)
     for place, parameter in enumerate(parameters, 1):
         if parameter.name == "grad":
             instead = f"pass that by position, as argument {place}"
@@ -283,7 +283,8 @@ def _check_grad(function: Callable, grad: bool) -> None:
             )
 
 
-def _parameters(function: Callable) -> list[inspect.Parameter]:
+def _parameters(called: Callable) -> list[inspect.Parameter]:
+    function = unwrapped(called).forward if isinstance(called, nn.Module) else called
     try:
         return [*inspect.signature(function).parameters.values()]
     except ValueError:  # it has no signature
