@@ -287,10 +287,14 @@ class Calls:
         self.__getattr__(name)
 
     def __getitem__(self, index: int) -> Points:
-        if not hasattr(index, "__index__") or index < 0:
+        try:
+            number = operator.index(index)
+        except TypeError:  # an array or a tensor of several numbers has an `__index__` too
+            number = -1
+        if number < 0:
             raise IndexError(f".calls takes the number of a call, 0 for the first, not {index!r}")
         points = self._points
-        return Points(points._tree, points._target, points._run, operator.index(index), points._part)
+        return Points(points._tree, points._target, points._run, number, points._part)
 
     def __repr__(self) -> str:
         return f"<calls of {self._points.path}>"

@@ -26,11 +26,19 @@ def channels_last(value: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_in(output: Any) -> torch.Tensor:
-    """Return a module's output, or the first tensor in it."""
+    """Return a module's output, or the first tensor in it.
+
+    Raises InputError if there is none, as in the list of images that the transformer of Z-Image returns."""
     if isinstance(output, torch.Tensor):
         return output
-    items = output.values() if isinstance(output, Mapping) else output
-    return next(item for item in items if isinstance(item, torch.Tensor))
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    found = next((item for item in items if isinstance(item, torch.Tensor)), None)
+    if found is None:
+        raise InputError(
+            f"a module that this lens reads returns a {type(output).__name__} without a tensor of its own, such as a "
+            "list of images: the lens cannot read or change it"
+        )
+    return found
 
 
 def value_at(points: Any, of: str) -> torch.Tensor:

@@ -9,7 +9,6 @@
 The values are watched by a function mode while the module computes, see `attention_mode.py`.
 """
 
-import operator
 import re
 from collections.abc import Callable
 from functools import reduce
@@ -20,6 +19,7 @@ from diffsight.extending import FORWARD, Points, Tap, Target, Tree, assign, fetc
 from diffsight.pipelines.attention.attention_mode import AttentionMode
 from diffsight.pipelines.attention.attention_modules import attentions_in, can_attend, is_attention, why_hidden
 from diffsight.pipelines.attention.watched_modules import VALUES
+from diffsight.pipelines.numbers import as_integer
 
 _PRODUCTS = "products"
 _NAME = re.compile(rf"(?:{_PRODUCTS}\[(\d+)\]\.)?(.*)", re.DOTALL)  # the name of an `AttentionValue`
@@ -120,9 +120,10 @@ class Products:
         self._points = points
 
     def __getitem__(self, index: int) -> "Product":
-        if isinstance(index, bool) or not hasattr(index, "__index__") or operator.index(index) < 0:
+        number = as_integer(index)
+        if number is None or number < 0:
             raise IndexError(f".products takes the number of a product, 0 for the first, not {index!r}")
-        return Product(self._points, operator.index(index))
+        return Product(self._points, number)
 
     def named(self, name: str) -> "Product | None":
         """Return the product with the number that a path contains."""

@@ -11,7 +11,6 @@ Models, runs and rows have them. A value can be assigned or steered before the m
 runs the model up to it, like any other read.
 """
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -43,6 +42,7 @@ from diffsight.pipelines.language.text_configs import WRITES, text_config
 from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
 from diffsight.pipelines.language.value_parts import FIRST, Added, HiddenInput, Logits, NextLogits, Within
 from diffsight.pipelines.module_spans import Span
+from diffsight.pipelines.numbers import as_integer
 from diffsight.pipelines.standard_names import EMBEDDING
 
 
@@ -110,12 +110,13 @@ class LayerAccessors:
 
     def _index(self, index: int, path: str) -> int:
         count = len(self._layers())
-        if isinstance(index, (list, tuple, range)):
+        if isinstance(index, (list, tuple, range, slice)) or getattr(index, "ndim", 0):
             raise InputError(f"{path} takes the number of a layer, not {index!r}")
-        if isinstance(index, bool) or not hasattr(index, "__index__") or not -count <= index < count:
+        number = as_integer(index)
+        if number is None or not -count <= number < count:
             instead = "; the input of the first layer is layers_input[0]" if index == EMBEDDING else ""
             raise InputError(f"{path}: there is no layer {index!r}, the model has {count} (0 to {count - 1}){instead}")
-        return operator.index(index) % count
+        return number % count
 
     def _layer(self, index: int, path: str) -> Envoy:
         return self._layers()[self._index(index, path)]
@@ -368,10 +369,11 @@ def _result(layer: Envoy, path: str) -> tuple[Points, str, Any]:
 
 
 def _place(place: Any, positions: Any) -> int:
-    if isinstance(place, bool) or not hasattr(place, "__index__"):
+    number = as_integer(place)
+    if number is None:
         hint = ": for a mask, mask.nonzero() returns its positions" if isinstance(place, bool) else ""
         raise InputError(f"the positions of steer are integers, not {positions!r}{hint}")
-    return operator.index(place)
+    return number
 
 
 def _listed(value: Any) -> list:

@@ -23,6 +23,7 @@ from diffsight.extending import unwrapped
 from diffsight.pipelines.language.padding import pad, padding_token
 from diffsight.pipelines.language.text_configs import READS, text_config
 from diffsight.pipelines.loading_errors import reason_of
+from diffsight.pipelines.numbers import as_integer
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.pipelines.valid_text import check_text
 
@@ -199,7 +200,7 @@ def _kind(item: Any) -> str:
         return "text"
     if isinstance(item, bool):
         return "bool"
-    if hasattr(item, "__index__") and not getattr(item, "ndim", 0):
+    if as_integer(item) is not None:
         return "numbers"
     if isinstance(item, Mapping):
         return "messages" if "role" in item else "dictionaries"

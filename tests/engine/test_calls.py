@@ -28,6 +28,13 @@ def test_every_call_by_number(four, x):
     assert all(map(torch.equal, values, outputs(four.step, four, x)))
 
 
+def test_several_numbers_are_refused(four, x):
+    with Model(four).trace(x) as run:
+        with pytest.raises(IndexError, match="takes the number of a call"):
+            run.step.calls[torch.tensor([0, 1])]
+        assert run.step.calls[torch.tensor(1)].output is run.step.calls[1].output
+
+
 def test_inputs_by_number(four, x):
     with record(four.step) as calls, Model(four).trace(x) as run:
         assert run.step.calls[1].input is calls[0][2]

@@ -9,7 +9,7 @@ from diffsight import DiffusionModel, activation_patching, block_ablation
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses import latent_distance, pixel_distance
 from helpers import SEED, draw, first, module_at, outputs, pipeline_footprint, refusal, replaced, with_first
-from models import denoisers, diffusion
+from models import denoisers, diffusion, text_encoders
 
 KINDS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "pixart_sigma")
 CLEAN, CORRUPTED = "a red circle above a blue square", "a green ring"
@@ -393,6 +393,13 @@ def test_refused_ablations(small):
     assert "pass its path, not the path of one of its values" in refusal(
         block_ablation, model, CLEAN, sites="unet.mid_block.input", **given
     )
+
+
+def test_a_denoiser_that_returns_a_list_is_refused():
+    small = text_encoders.TEXT_PIPELINES["z_image"]
+    model, given = DiffusionModel(text_encoders.built("z_image")), {**small.call, **QUIET, "num_inference_steps": 2}
+    said = refusal(block_ablation, model, CLEAN, METRIC, sites="transformer.layers[0]", **given)
+    assert "returns a tuple without a tensor of its own" in said
 
 
 @pytest.mark.parametrize("lens", [activation_patching, block_ablation])

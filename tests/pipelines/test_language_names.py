@@ -770,6 +770,10 @@ def test_what_is_not_the_number_of_a_layer():
         run.steer("embedding", torch.zeros(4))
     with pytest.raises(InputError, match=r"skip_layers takes the number of a layer, not \[1, 2\]"):
         run.skip_layers([1, 2])
+    with pytest.raises(InputError, match=r"takes the number of a layer, not array\(\[0, 1\]\)"):
+        run.layers_output[np.array([0, 1])]
+    with pytest.raises(InputError, match="there is no layer"):
+        run.layers_output[np.True_]
 
 
 def test_a_value_after_the_text_of_a_step():
