@@ -93,7 +93,7 @@ weights and hooks, for trial runs. Within `without_global_hooks()`, PyTorch does
 
 from diffsight.engine.batch_slicing import Part, Selection
 from diffsight.engine.coroutine import current_owner
-from diffsight.engine.hooks import FORWARD, ChangedMethod
+from diffsight.engine.hooks import FORWARD
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.run_end import STOPPED, Observer
@@ -102,6 +102,7 @@ from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.tapped_call import Tap
+from diffsight.engine.tapped_methods import ChangedMethod
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.torch_state import with_gradients
 from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path, wrapped_targets

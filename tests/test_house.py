@@ -28,6 +28,7 @@ ENGINE = [
     "engine.coroutine",
     "engine.checkpointed_regions",
     "engine.tapped_pickles",
+    "engine.tapped_methods",
     "engine.hooks",
     "engine.changes_in_place",
     "engine.users_hooks",

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from diffsight.engine.hooks import CLASS_WITHOUT_TAPS, FORWARD, NAMES_OF_HOOKS, OWNER, REDUCE, has_forward_of_its_own
+from diffsight.engine.hooks import FORWARD, NAMES_OF_HOOKS, REDUCE, has_forward_of_its_own
 from diffsight.engine.opaque_values import is_cache
+from diffsight.engine.tapped_methods import CLASS_WITHOUT_TAPS, OWNER
 
 _PLAIN = frozenset({bool, int, str, NoneType, torch.dtype, torch.device})  # no floats: they are sizes of something
 _PASSED_OVER = frozenset({float, torch.Tensor, nn.Parameter})

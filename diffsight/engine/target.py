@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from diffsight.engine.hooks import COMPILED, FORWARD, ModuleGroup, TappedMethod
+from diffsight.engine.hooks import COMPILED, FORWARD, ModuleGroup
+from diffsight.engine.tapped_methods import TappedMethod
 from diffsight.engine.unseen_modules import why_unseen
 
 WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
