@@ -31,6 +31,7 @@ ENGINE = [
     "engine.tapped_methods",
     "engine.hooks",
     "engine.changes_in_place",
+    "engine.returned_values",
     "engine.users_hooks",
     "engine.unseen_modules",
     "engine.target",

@@ -5,6 +5,7 @@ codes_of(function)                  # its code, and that of the functions inside
 values_used([net.forward])          # the values of variables from outside, and those that these functions use
 """
 
+import builtins
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -17,6 +18,7 @@ from torch import nn
 _LIBRARIES = {"torch", "transformers", "diffusers", "accelerate", "numpy"}  # not looked into
 _PLAIN = {int, float, bool, str, bytes, NoneType, ModuleType}
 _MOST = 1000  # values
+UNSET: Any = object()  # stands for a value that is not known
 
 
 def function_of(member: Any) -> Any:
@@ -52,6 +54,17 @@ def values_used(values: Iterable[Any]) -> list[Any]:
 def functions_used(function: Any) -> list[FunctionType]:
     """Return a function and the functions that it uses."""
     return [value for value in (function, *values_used([function])) if isinstance(value, FunctionType)]
+
+
+def value_of(name: str, function: FunctionType) -> Any:
+    """Return the value of a variable from outside a function; UNSET if it has none yet, or is the function's own."""
+    if name in function.__code__.co_freevars:
+        cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
+        try:
+            return cell.cell_contents
+        except ValueError:
+            return UNSET
+    return function.__globals__.get(name, getattr(builtins, name, UNSET))
 
 
 def _referred_to(value: Any) -> Iterable[Any]:

@@ -7,12 +7,9 @@ nothing of the output in place. What it passes the output to, or keeps of it, ma
 or assigns the output, `Tap` looks whether it was changed after all.
 """
 
-import dis
 import functools
-from collections import deque
 from collections.abc import Callable
-from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -21,19 +18,14 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._pytree import tree_flatten
 
 from diffsight.engine.changes_in_place import UNKNOWN, changed_in_place, is_in_place
-from diffsight.engine.function_code import codes_of, functions_used
+from diffsight.engine.function_code import codes_of, functions_used, value_of
+from diffsight.engine.returned_values import returns_nothing
 
-_RETURN_NOTHING = {  # methods of Python's containers that return None
-    list: {"append", "extend", "insert", "clear", "__setitem__"},
-    deque: {"append", "appendleft", "extend", "insert", "clear", "__setitem__"},
-    set: {"add", "update", "clear"},
-    dict: {"update", "clear", "__setitem__"},
-}
 _OF_LAYOUTS = {"transpose", "transpose_", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "H"}
 _OF_LAYOUTS |= {"reshape", "view", "flatten", "unflatten", "unbind", "stack", "einsum", "rearrange", "as_strided"}
+_DECORATED = torch.no_grad()(id).__code__  # of every function that a context manager of PyTorch decorates
 _PACKAGE = __name__.partition(".")[0]
 _LEVELS = 2  # of objects in an output that are looked into
-_NO_STEPS = {"RESUME", "COPY_FREE_VARS", "CACHE", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG"}
 
 
 class Contents:
@@ -103,13 +95,13 @@ def _uses_layouts(hook: Callable) -> bool:
     if function is None:
         return True
     codes = [code for used in functions_used(function) for code in codes_of(used)]
-    return not _returns_nothing(function.__code__) and any(not _OF_LAYOUTS.isdisjoint(code.co_names) for code in codes)
+    return not returns_nothing(function) and any(not _OF_LAYOUTS.isdisjoint(code.co_names) for code in codes)
 
 
 def only_looks(hook: Callable) -> bool:
     """Return whether a hook always returns None, and does not itself change the output in place."""
     function, bound, given = _function_of(hook)
-    if function is None or not (_returns_nothing(function.__code__) or _adds_to_container(function)):
+    if function is None or not returns_nothing(function, bound + 3):
         return False
     changed = changed_in_place(function.__code__)
     if not changed:
@@ -124,8 +116,10 @@ def _function_of(hook: Callable) -> tuple[FunctionType | None, int, frozenset[st
     """Return the function that a hook calls, None if it is not written in Python; how many arguments it is given before
     the module; and the names of those given by name."""
     bound, given = 0, frozenset()
-    while not isinstance(hook, FunctionType):
-        if isinstance(hook, functools.partial):
+    while not isinstance(hook, FunctionType) or hook.__code__ is _DECORATED:
+        if isinstance(hook, FunctionType):
+            hook = hook.__wrapped__  # of `@torch.no_grad()`
+        elif isinstance(hook, functools.partial):
             bound, given, hook = bound + len(hook.args), given | hook.keywords.keys(), hook.func
         elif isinstance(hook, MethodType):
             bound, hook = bound + 1, hook.__func__
@@ -140,42 +134,5 @@ def _may_be_output(name: str, function: FunctionType) -> bool:
     """Whether a variable that a hook changes in place may be the output, or a function called to change it."""
     if name == UNKNOWN or name in function.__code__.co_varnames:
         return True
-    value = _value_of(name, function)
+    value = value_of(name, function)
     return isinstance(value, ModuleType) or (is_in_place(name) and callable(value))
-
-
-def _value_of(name: str, function: FunctionType) -> Any:
-    """Return the value of a variable from outside a function; None if it has none yet, or is the function's own."""
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-    try:
-        return cells[name].cell_contents if name in cells else function.__globals__.get(name)
-    except ValueError:
-        return None
-
-
-@functools.cache
-def _returns_nothing(code: CodeType) -> bool:
-    """Whether every `return` of a function returns None."""
-    if code.co_flags & (CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR):
-        return False
-    before = None
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
-            return False
-        if instruction.opname == "RETURN_VALUE" and not (
-            before.opname == "LOAD_CONST" and before.argval is None and not instruction.is_jump_target
-        ):
-            return False
-        before = instruction
-    return True
-
-
-def _adds_to_container(hook: FunctionType) -> bool:
-    """Whether a hook is a single call such as `seen.append(output)`, which returns None."""
-    steps = [step for step in dis.get_instructions(hook) if step.opname not in _NO_STEPS]
-    if len(steps) < 4 or steps[-1].opname != "RETURN_VALUE" or not steps[-2].opname.startswith("CALL"):
-        return False
-    if any(step.opname == "RETURN_VALUE" or "JUMP" in step.opname for step in steps[:-1]):
-        return False
-    name, method = steps[0].argval, steps[1].argval
-    return method in _RETURN_NOTHING.get(type(_value_of(name, hook)), ())

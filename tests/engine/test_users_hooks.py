@@ -1,5 +1,6 @@
 """Forward hooks that users have put on a module: the module's output is what the model continues with after them."""
 
+import collections
 import functools
 
 import pytest
@@ -126,6 +127,56 @@ def test_hooks_that_only_look_see_the_edit(net, x, layer, kind, changes_before):
     looked_at = [*seen, *keeper.seen, *(output for _, output in SEEN)]
     assert len(looked_at) == 1
     assert torch.equal(looked_at[0], value)
+
+
+def capturing_hooks(keeper):
+    """Hooks of one line, or with a decorator, that add the output to `keeper.seen`."""
+    by_name, name, add = collections.defaultdict(list, layer=keeper.seen), "layer", keeper.seen.append
+    plain = dict(by_name)
+
+    @torch.no_grad()
+    def decorated(module, args, output):
+        keeper.seen.append(output)
+
+    return {
+        "of an attribute": lambda module, args, output: keeper.seen.append(output),
+        "of a copy": lambda module, args, output: keeper.seen.append(output.detach().cpu()),
+        "by name": lambda module, args, output: by_name[name].append(output),
+        "a default": lambda module, args, output, key="layer": by_name[key].append(output),
+        "setdefault": lambda module, args, output: plain.setdefault("layer", []).append(output),
+        "a method": lambda module, args, output: keeper.keep(module, args, output),
+        "a bound method": lambda module, args, output: add(output),
+        "setattr": lambda module, args, output: setattr(keeper, "seen", [output]),
+        "a choice": lambda module, args, output: add(output[0] if isinstance(output, tuple) else output),
+        "a condition": lambda module, args, output: keeper.seen.append(output) if args else None,
+        "decorated": decorated,
+    }
+
+
+@pytest.mark.parametrize("kind", capturing_hooks(Keeper()))
+def test_hooks_of_one_line_that_only_look_see_the_edit(net, x, layer, kind):
+    keeper = Keeper()
+    layer.register_forward_hook(capturing_hooks(keeper)[kind])
+    value = torch.full_like(x, 3.0)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        run.layers[0].output = value
+    assert torch.equal(keeper.seen[0], value)
+
+
+REPLACING = {
+    "or": lambda module, args, output: SEEN.append(output) or output * 2,
+    "a choice": lambda module, args, output: None if len(args) > 1 else output * 2,
+    "a function": lambda module, args, output: torch.mul(output, 2),
+    "a condition": lambda module, args, output: output * 2 if args else SEEN.append(output),
+}
+
+
+@pytest.mark.parametrize("hook", REPLACING.values(), ids=REPLACING)
+def test_hooks_of_one_line_that_may_replace_the_output(net, x, layer, hook):
+    layer.register_forward_hook(hook)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        given = run.layers[0].input
+        assert torch.equal(run.layers[0].output, 2 * layer.forward(given))
 
 
 IN_PLACE = [assign_a_part, change_by_name, change_by_keyword, change_by_operator, Changer()]
