@@ -30,10 +30,26 @@ from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target, in_run, join
 from diffsight.engine.users_line import from_the_asking_line
 from diffsight.envoys_in_values import with_envoys
-from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
+from diffsight.errors import (
+    DiffsightError,
+    InputError,
+    NoRunError,
+    PointNotFoundError,
+    WrongThreadError,
+    is_own_code,
+    suggest,
+    warn_user,
+)
 from diffsight.notebook_tree import folded
 
 VALUES = ("input", "inputs", "output")
+_IN_WORDS = {
+    "input": "the first argument of the module",
+    "inputs": "all arguments of the module",
+    "output": "what the module returns",
+    "result": "what the model returns",
+    "rows": "the parts of the batch",
+}
 _OF_PARAMETERS = (nn.ParameterList, nn.ParameterDict)  # modules that hold parameters, and no modules
 _FEW = 12  # parts; up to this many are listed in an error message
 
@@ -229,6 +245,7 @@ class Points:
             if call or selection is not None or target.name != FORWARD:
                 asked = Asked(target, part, call, selection)
             elif (asked := target.asked.get(part)) is None:
+                tell_of_child(own["_tree"], target, part)
                 asked = target.asked[part] = Asked(target, part)
             return flow.fetch(asked)
         except Exception as error:
@@ -645,6 +662,16 @@ def handle_on(envoy: Points, target: Target, part: Selection | None = None) -> E
     """Return the handle on another target, for the run of `envoy`, and for `part` or else the part of `envoy`."""
     kind = Envoy if target.name in (FORWARD, "__call__") else MethodEnvoy
     return kind(envoy._tree, target, envoy._run, part=envoy._part if part is None else part)
+
+
+def tell_of_child(tree: Tree, target: Target, name: str, distance: int = 3) -> None:
+    """Warn, once for each name in a model, if a value that the user's code asks for has the name of a child module.
+    `distance` is the number of calls between that code and this function."""
+    is_child = isinstance(target.owner, nn.Module) and target.owner._modules.get(name) is not None
+    if is_child and name not in tree.told_names and not is_own_code(sys._getframe(distance).f_globals):
+        tree.told_names.add(name)
+        handle = in_run(target.path) if target.path else "run"
+        warn_user(f'{join(handle, name)} is {_IN_WORDS[name]}; its child of that name is {handle}["{name}"]')
 
 
 def narrowed(points: Points, part: Selection | None) -> Points:

@@ -36,6 +36,7 @@ from diffsight.envoy import (
     root_of,
     selection_of,
     target_of,
+    tell_of_child,
     tree_of,
 )
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError, ScanError, warn_user
@@ -68,6 +69,7 @@ class Run(InRun):
         pass.
 
         Raises NeverReachedError if there are assignments that the model did not reach."""
+        tell_of_child(tree_of(self), tree_of(self).root, "result", 2)
         if self._invoked:
             return [run.result for run in self._invoked]
         flow = self._flow
@@ -107,6 +109,7 @@ class Run(InRun):
     def rows(self) -> tuple[Row, ...]:
         """One view per input: `x, y, z = run.rows`. Raises InputError if the input is not a batch."""
         run = self._pass
+        tell_of_child(tree_of(self), tree_of(self).root, "rows", 2)
         if not run._sizes:
             raise InputError("this run has no rows: none of its inputs is a batch of tensors")
         return make_rows(run, run._sizes)

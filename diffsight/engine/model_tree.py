@@ -39,6 +39,7 @@ class Tree:
         self.open_runs = OpenRuns()
         self.attached = AttachedModules()
         self.weights = LateWeights(load, self._check_no_scan, self.weights_loaded)
+        self.told_names: set[str] = set()  # of child modules, for which a value of that name was once taken
         self._methods: dict[int, dict[str, str]] = {}  # id of an object: names of its methods to their paths
         self._known_places: tuple[tuple, ModulePlaces] | None = None
 

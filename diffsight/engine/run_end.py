@@ -10,6 +10,7 @@ dropped.
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from dis import opname
 from types import CodeType
 from typing import Any, Protocol
 
@@ -136,12 +137,17 @@ class RunEnd:
     def _fail(self, error: BaseException) -> None:
         """End the run after an error of the model, or after an interrupt while switching to or from it."""
         failed = f"its model failed with {type(error).__name__}"
-        self.refused.clear()
+        refused, self.refused = self.refused, []
         if self.coroutine is not None and self.coroutine.has_begun:
             self.close(failed)
         self._end(failed)
+        if refused and isinstance(error, Exception) and not any(error is one for one in refused):
+            raise refused[0] from error  # the model has answered it with an error of its own
         if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
             assigned = "\n".join(self.misshapen)
+            if _is_raised_by_code(error):
+                error.add_note(f"before that, the run had assigned values of another shape or type:\n{assigned}")
+                return
             refusal = AssignmentError(f"{assigned}\nWith that value the model failed: {error}")
             set_line(refusal, next(iter(self.misshapen.values())))
             raise refusal from error
@@ -200,3 +206,13 @@ class RunEnd:
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
         if missed:
             raise order.never_reached(missed, self.clock.ending)
+
+
+def _is_raised_by_code(error: BaseException) -> bool:
+    """Whether a `raise` statement has raised an error. If PyTorch cannot compute something, it is raised within it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        return False
+    return opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"

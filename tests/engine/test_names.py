@@ -1,5 +1,7 @@
 """Modules whose names are also those of attributes of handles and runs."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,19 @@ def test_public_names_are_reached_by_index(name, x):
         value = run[name][name].output
         model[name].output = value * 2
     assert torch.equal(value, inner(x)) and torch.equal(run.result, net.proj(inner(x) * 2))
+
+
+@pytest.mark.parametrize("name", ["output", "input", "rows", "result"])
+def test_a_value_with_the_name_of_a_module_is_told_once(name, x):
+    model = Model(Outer(name))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with model.trace(x) as run:
+                getattr(run if name in ("rows", "result") else run[name], name)
+    expected = f'run["{name}"]' if name in ("rows", "result") else f'run.{name}["{name}"]'
+    assert [str(one.message).rpartition("is ")[2] for one in told] == [expected]
+    assert told[0].filename == __file__
 
 
 def test_the_error_outside_a_run_names_the_module():

@@ -51,6 +51,47 @@ def test_a_refusal_that_the_model_swallows_is_raised_at_the_end(value):
         run.result
 
 
+class Answering(Fallback):
+    """Answers every error of its first layer with one of its own, at once or later."""
+
+    def __init__(self, at_once):
+        super().__init__()
+        self.at_once = at_once
+
+    def forward(self, x):
+        try:
+            x = self.fast(x)
+        except Exception:
+            if self.at_once:
+                raise RuntimeError("the fast layer failed") from None
+            x = torch.full_like(x, torch.nan)
+        if self.slow(x).isnan().any():
+            raise FloatingPointError("not a number")
+        return x
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_refusal_that_the_model_answers_with_an_error_of_its_own(at_once):
+    with pytest.raises(AssignmentError, match=r"fast.output .* is a Tensor; it cannot take a list") as caught:
+        with Model(Answering(at_once)).trace(torch.randn(2, 4)) as run:
+            run.fast.output = [1.0]
+    assert isinstance(caught.value.__cause__, RuntimeError if at_once else FloatingPointError)
+
+
+def test_an_unrelated_error_after_an_assignment_of_another_shape():
+    """It stays what it is: the model, a hook or a function of the user's has raised it for a reason of its own."""
+
+    def fail(*_):
+        raise ValueError("my own check")
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="my own check") as caught, Model(net).trace(torch.randn(3, 4)) as run:
+        run.follow("1", fail)
+        run[0].output = torch.zeros(2, 4)
+    assert r"[0].output" in caught.value.__notes__[0]
+    assert "has the shape (3, 4), but (2, 4) was assigned" in caught.value.__notes__[0]
+
+
 def test_what_would_only_fit_by_broadcasting():
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4)
     with pytest.raises(AssignmentError, match=r"\(1, 4\) was assigned. To repeat the value, write .*expand"):
