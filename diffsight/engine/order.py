@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.points import INPUTS, LAST, LEFT_OUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.tapped_call import Tap
-from diffsight.engine.target import in_run
+from diffsight.engine.target import Target, in_run
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
@@ -183,6 +183,14 @@ def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], endi
     return kind(
         f"{asked} was asked for, but {until} without reaching it in the run's thread{ending}. The model calls the "
         "module in a thread of its own, where a run does not see it"
+    )
+
+
+def kept_in_thread(target: Target) -> OutOfOrderError:
+    """Return the error for values to be recorded or followed that the model computes in another thread."""
+    return OutOfOrderError(
+        f"not all values of {target.path} were recorded or followed: the model calls it in a thread of its own, where "
+        "a run does not see it"
     )
 
 

@@ -92,7 +92,7 @@ class RunEnd:
         self.bodies = Bodies()
         self.observer: Observer | None = None
         self.unreached: list[Assignment] = []
-        self.refused: list[Exception] = []  # why values that were assigned ahead could not be put in place
+        self.refused: list[Exception] = []  # errors at points, such as a refused value: the model may catch them
         self.end_checks: Sequence[Callable[[], Exception | None]] = ()  # called at the end; return what was wrong
         self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
@@ -159,6 +159,8 @@ class RunEnd:
         if calls_in_threads:
             taps = [*self.taps.values()]
             self._in_threads = {tap.target.key for tap in taps if self.taps.is_called_in_thread(tap.target)}
+            kept = (tap.target for tap in taps if tap.keepers and tap.target.key in self._in_threads)
+            self.refused += map(order.kept_in_thread, kept)
         self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies.functions:

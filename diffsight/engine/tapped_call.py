@@ -56,7 +56,7 @@ class Host(Protocol):
     coroutine: Coroutine | None  # the coroutine in which the model runs, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
     state: TorchState  # the state in which the run was opened
-    refused: list[Exception]  # why values that were assigned ahead could not be put in place
+    refused: list[Exception]  # errors at points, which the model itself may catch
     adds_gradients: bool  # whether the model computes gradients where it is, in a run that was opened without
     misshapen: dict[str, UsersLine]  # assigned values whose shape or type differs from the model's own, in words
 
@@ -179,7 +179,7 @@ class Tap:
         self.entered = index + 1
         self.active.append(index)
         key = (INPUTS, index)
-        if not (key in self.awaited or (self.pending and key in self.pending) or self.keepers):
+        if not (key in self.awaited or (self.pending and key in self.pending) or INPUTS in self.keepers):
             return None
         inputs, changed = self._pass(key, (args, kwargs))
         return inputs if changed else None
@@ -194,7 +194,7 @@ class Tap:
         index = self.active.pop()
         key = (OUTPUT, index)
         watch = self._watch_hooks(key, []) if has_hooks and self._has_hooks() else None
-        if key in self.awaited or key in self.pending or self.keepers:
+        if key in self.awaited or key in self.pending or OUTPUT in self.keepers:
             self.given = given
             try:
                 output, _ = self._pass(key, output)
@@ -288,13 +288,21 @@ class Tap:
             host.arrive(point, state)
             value = point.value
         if self.keepers:
-            for keep in self.keepers.get(key[0], ()):
-                keep(self, key[1], value)
+            self._show(key, value)
         if point is None:
             return value, False
         if key in self.points and not point.is_unread:
             point.let_go()
         return value, point.changed
+
+    def _show(self, key: PointKey, value: Any) -> None:
+        """Show a value that passes a point to those who keep such values."""
+        for keep in self.keepers.get(key[0], ()):
+            try:
+                keep(self, key[1], value)
+            except Exception as error:
+                self.host.refused.append(error)  # the model may have an `except` of its own
+                raise
 
     def _check_wrapped(self, key: PointKey, skip: Assignment | None = None) -> None:
         """Refuse a point of a call that only a part of the module's call has made."""

@@ -17,10 +17,13 @@ order of attention's kernels (`sdpa_kernel(..., set_priority=True)`), which chan
 forward-mode differentiation, of which PyTorch allows only one at a time, so that a second is an error.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice, starmap
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -64,6 +67,8 @@ _HAS_CUDA = _ACCELERATOR is not None and _ACCELERATOR.type == "cuda"
 _ENABLED = _get_torch_function_state()
 # Each `next` increments the nesting depth of autocast and decrements it, both in C: no interrupt comes between them.
 _AUTOCAST_NESTING = zip(iter(torch.autocast_increment_nesting, None), iter(torch.autocast_decrement_nesting, None))
+_top_hooks = partial(_top_saved_tensors_default_hooks, True)
+_run_all, _first = deque(maxlen=0).extend, itemgetter(0)  # the former runs an iterator to its end, in C
 _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 
@@ -233,22 +238,21 @@ def _autocast_nesting() -> int:
 
 
 def _functorch_levels() -> tuple:
-    found = []
-    while get_dynamic_layer_stack_depth():
-        found.append(pop_dynamic_layer_stack())
-    for level in reversed(found):
-        push_dynamic_layer_stack(level)
+    found: list[Any] = []
+    try:  # see `saved_tensor_hooks`
+        found.extend(islice(iter(pop_dynamic_layer_stack, ...), get_dynamic_layer_stack_depth()))
+    finally:
+        _run_all(map(push_dynamic_layer_stack, reversed(found)))
     return tuple(reversed(found))
 
 
 def saved_tensor_hooks() -> tuple:
     """Return the pairs of hooks that are set now, outermost first. They can only be looked at one by one."""
-    found = []
-    while hooks := _top_saved_tensors_default_hooks(True):
-        found.append(hooks)
-        _pop_saved_tensors_default_hooks()
-    for hooks in reversed(found):
-        _push_saved_tensors_default_hooks(*hooks)
+    found: list[tuple] = []
+    try:  # each step is one call of C, so that no interrupt comes within it
+        found.extend(map(_first, zip(iter(_top_hooks, None), iter(_pop_saved_tensors_default_hooks, ...))))
+    finally:
+        _run_all(starmap(_push_saved_tensors_default_hooks, reversed(found)))
     return tuple(reversed(found))
 
 
@@ -257,12 +261,13 @@ def restore_saved_tensor_hooks(pairs: Iterable[tuple]) -> None:
 
     If the other side has disabled such hooks, which only refuses new ones, they are enabled for the rest of its block.
     """
-    while _top_saved_tensors_default_hooks(True):
-        _pop_saved_tensors_default_hooks()
-    for hooks in pairs:
-        if not _saved_tensors_hooks_is_enabled():
-            _saved_tensors_hooks_enable()
-        _push_saved_tensors_default_hooks(*hooks)
+    pairs = [*pairs]
+    if pairs and not _saved_tensors_hooks_is_enabled():
+        _saved_tensors_hooks_enable()
+    try:  # as above
+        _run_all(zip(iter(_top_hooks, None), iter(_pop_saved_tensors_default_hooks, ...)))
+    finally:
+        _run_all(starmap(_push_saved_tensors_default_hooks, pairs))
 
 
 @cache

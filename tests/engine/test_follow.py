@@ -6,7 +6,7 @@ import torch
 from diffsight import LanguageModel, Model, OutOfOrderError
 from diffsight.errors import InputError, NoRunError, PointNotFoundError
 from helpers import footprint, outputs
-from models.nets import inputs
+from models.nets import Calling, inputs, linear
 
 
 @pytest.fixture
@@ -95,3 +95,15 @@ def test_arguments_of_a_pipeline():
         model.check(promt="a red circle")
     with pytest.raises(InputError, match="seed"):
         model.check("a red circle", seed=[1, 2])
+
+
+def test_an_error_of_the_function_that_the_model_catches():
+    def forward(self, x):
+        try:
+            return self.fast(x)
+        except Exception:
+            return self.slow(x)
+
+    net = Calling(forward, fast=linear(), slow=linear())
+    with pytest.raises(KeyError, match="norms"), Model(net).trace(inputs()) as run:
+        run.follow("fast", lambda value: {}["norms"])

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import diffsight
 from diffsight import Model
+from diffsight.engine.torch_state import saved_tensor_hooks
 
 ENGINE = str(Path(diffsight.__file__).parent)
 
@@ -112,4 +114,29 @@ def test_an_interrupt_at_any_place_leaves_everything_as_it_was(program):
                 read = run.output
         assert torch.equal(read, right), place
         place += stride
+    assert place > 50
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.b(torch.tanh(self.a(x))), x, use_reentrant=False)
+
+
+def test_an_interrupt_in_a_checkpointed_region():
+    """The model's own `with` statement finds the hooks that it has set, and the interrupt is what is raised."""
+    model, x = Model(Checkpointed()), torch.randn(3, 4)
+
+    def read():
+        with model.trace(x, grad=True) as run:
+            run.a.output
+
+    read()  # whatever is made once
+    place = 1
+    while interrupt_at(place, read):
+        assert not saved_tensor_hooks(), place
+        place += 3
     assert place > 50

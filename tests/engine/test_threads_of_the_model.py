@@ -166,3 +166,22 @@ def test_calls_in_threads_that_end_within_a_run_are_forgotten():
         assert len(calls_in_threads[id(net)]) < 20 and before < THIS_THREAD.runs
         pool.submit(lambda: Model(net).trace(x).finish()).result()
     assert id(net) not in calls_in_threads and before == THIS_THREAD.runs and not runs_beside_main
+
+
+@pytest.mark.parametrize("way", ["record", "follow"])
+def test_what_cannot_be_recorded_is_told(way):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x):
+            with ThreadPoolExecutor(2) as pool:
+                return sum(pool.map(lambda head: head(x), self.heads))
+
+    with (
+        torch.no_grad(),
+        pytest.raises(OutOfOrderError, match=r"not all values of heads\[0\] were recorded or followed"),
+        Model(Heads()).trace(torch.randn(2, 4)) as run,
+    ):
+        run.record("heads[*]") if way == "record" else run.follow("heads[0]", print)
