@@ -16,7 +16,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,7 @@ from diffsight.engine.points import Asked
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target, in_run, join
 from diffsight.engine.users_line import from_the_asking_line
-from diffsight.envoys_in_values import with_envoys
+from diffsight.envoys_in_values import assigned_in_vain, modules_themselves, with_envoys
 from diffsight.errors import (
     DiffsightError,
     InputError,
@@ -454,9 +454,21 @@ class Envoy(Points):
                 f"no effect: write a loop, `for module in {in_run(join(self.path, 'modules'))}():`, or call `apply` on "
                 "the module outside the run"
             )
+        if is_in_run:
+            self._watch_modules_in(value, join(self.path, name))
         if is_in_run or (isinstance(self._owner, nn.ModuleDict) and name in ("items", "values")):
             return with_envoys(value, join(self.path, name), self._envoys())
         return value
+
+    def _watch_modules_in(self, value: Any, path: str) -> None:
+        """Raise an error at the end of the run if the body assigns values to modules that an object at `path` holds."""
+        envoys = {module: self._envoys()(module, "") for module in modules_themselves(value)}
+        parts = [(module, part) for module in envoys for part in VALUES if not hasattr(module, part)]
+        if parts:
+            flow = self._run._flow if self._run is not None else self._tree.open_runs.innermost(self._tree)
+            meant = {module: getattr(envoy, "path", "") for module, envoy in envoys.items()}
+            checks = [partial(assigned_in_vain, *which, path, meant[which[0]]) for which in parts]
+            flow.end_checks = [*flow.end_checks, *checks]
 
     def _hint(self, name: str, known: Iterable[str]) -> str:
         """Return a hint at what the user may have meant by a name that does not exist."""

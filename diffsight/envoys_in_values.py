@@ -4,15 +4,17 @@ In a run, assigning to the `.output` of a module itself would have no effect.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import getclosurevars
-from types import FunctionType, GeneratorType, MethodType, SimpleNamespace
+from types import FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from diffsight.engine.target import join
+from diffsight.engine.function_code import codes_of
+from diffsight.engine.target import in_run, join
+from diffsight.errors import AssignmentError
 
 EnvoyOf = Callable[[nn.Module, str], Any]
 
@@ -23,6 +25,8 @@ _VIEWS = _VALUES | _ITEMS
 _CONTAINERS = _SEQUENCES | _MAPPINGS | _VIEWS | {SimpleNamespace}
 _ITERATORS = (GeneratorType, map, filter, zip)
 _DEPTH = 3  # containers within each other that are searched
+_MOST = 1000  # things in an object that are looked at
+_WITHOUT_MODULES = (str, bytes, int, float, type, FunctionType, MethodType, ModuleType, Tensor)
 
 
 def with_envoys(value: Any, path: str, envoy_of: EnvoyOf, depth: int = _DEPTH) -> Any:
@@ -55,6 +59,33 @@ def with_envoys(value: Any, path: str, envoy_of: EnvoyOf, depth: int = _DEPTH) -
     if type(value) in _MAPPINGS:
         return type(value)(zip(names, items))
     return type(value)(*items) if hasattr(value, "_make") else type(value)(items)
+
+
+def modules_themselves(value: Any, depth: int = _DEPTH) -> list[nn.Module]:
+    """Return the modules that `with_envoys` leaves in a value: those in an object or a container of another kind."""
+    is_replaced = depth == _DEPTH and type(value) in _CONTAINERS
+    if depth < 1 or is_replaced or isinstance(value, _WITHOUT_MODULES) or _is_module(value):
+        return []
+    inside = [*_items_of(value), *getattr(value, "__dict__", {}).values()]
+    if isinstance(value, (Mapping, Sequence)):
+        inside += value.values() if isinstance(value, Mapping) else value
+    if len(inside) > _MOST:
+        return []
+    nested = [item for item in inside if isinstance(item, (Mapping, list, tuple, set))]
+    return [*filter(_is_module, inside), *(module for item in nested for module in modules_themselves(item, depth - 1))]
+
+
+def assigned_in_vain(module: nn.Module, name: str, path: str, meant: str) -> AssignmentError | None:
+    """Return an error if the body has assigned a value such as `.output` to a module itself, and remove the value.
+
+    `path` is that of the object that the module was taken from, and `meant` that of its handle."""
+    if name not in vars(module) or any(name in code.co_names for code in codes_of(type(module).forward)):
+        return None  # or it is an attribute that the module sets
+    del vars(module)[name]
+    return AssignmentError(
+        f".{name} was assigned to a {type(module).__name__} in {path}, which is the module itself and not its handle, "
+        f"so it had no effect: write {in_run(join(meant, name))}"
+    )
 
 
 def _is_module(value: Any) -> bool:

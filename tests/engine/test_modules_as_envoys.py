@@ -1,5 +1,8 @@
 """Lists, dictionaries, attributes and methods of a model return envoys in a run, never modules that take no values."""
 
+import collections
+import dataclasses
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from torch import nn
 
 from diffsight import Model
-from diffsight.errors import InputError, NeverReachedError, OutOfOrderError
+from diffsight.errors import AssignmentError, InputError, NeverReachedError, OutOfOrderError
 
 
 class Net(nn.Module):
@@ -219,3 +222,31 @@ def test_envoys_have_the_class_of_their_module():
     probe = nn.Linear(4, 4)
     probe.site = model.last  # outside of runs, an envoy is no module: it does not become a part of the probe
     assert not isinstance(model.last, nn.Module) and [*probe.children()] == []
+
+
+@dataclasses.dataclass
+class Holder:
+    first: nn.Module
+
+
+OBJECTS = {
+    "a dataclass": (Holder, lambda held: held.first),
+    "a dictionary of its own kind": (
+        lambda module: collections.defaultdict(list, k=[module]),
+        lambda held: held["k"][0],
+    ),
+    "a view": (lambda module: types.MappingProxyType({"k": module}), lambda held: held["k"]),
+    "a UserList": (lambda module: collections.UserList([module]), lambda held: held[0]),
+}
+
+
+@pytest.mark.parametrize(("hold", "take"), OBJECTS.values(), ids=OBJECTS)
+def test_an_assignment_to_a_module_in_an_object_is_an_error(hold, take):
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    net.held = hold(net[0])
+    with pytest.raises(AssignmentError, match=r"\.output was assigned to a Linear in held, .* write run\[0\]\.output"):
+        with Model(net).trace(x) as run:
+            take(run.held).output = torch.zeros(2, 4)
+    assert "output" not in vars(net[0])
+    with Model(net).trace(x) as run:
+        assert take(run.held) is net[0]
