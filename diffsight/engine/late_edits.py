@@ -12,6 +12,7 @@ model moves on. Then a `Remnant` is kept, which takes no memory.
 """
 
 from dataclasses import fields
+from functools import cache
 from types import CodeType
 from typing import Any
 from weakref import ref
@@ -25,6 +26,7 @@ from diffsight.engine.points import Point
 
 _MOST_WATCHED = 4  # tensors
 _EMPTY = empty(0)
+_EXPRESSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>"}
 
 
 class Moves:
@@ -75,7 +77,8 @@ class LateEdits:
         if type(leaf) is Tensor:  # a parameter is changed by whoever trains it
             reader = point.reader
             try:
-                remnant = None if reader is None or reader[0] is self.block else _remnant(leaf, point)
+                is_held = reader is None or reader[0] is self.block or _lasts(reader[0], self.block)
+                remnant = None if is_held else _remnant(leaf, point)
                 self.watched.append([ref(leaf), leaf._version, point, remnant])
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                 return
@@ -108,10 +111,24 @@ class LateEdits:
         return found
 
 
+def _lasts(code: CodeType, block: CodeType | None) -> bool:
+    """Whether what code has read lasts until the block of the run ends: code of a module, and expressions such as
+    comprehensions in the block. Others are parts of a helper function."""
+    if code.co_name[0] != "<":
+        return False
+    return code.co_name not in _EXPRESSIONS or block is None or any(code is one for one in _expressions_in(block))
+
+
+@cache
+def _expressions_in(code: CodeType) -> list[CodeType]:
+    """Return the code of the comprehensions and lambdas in a function, apart from those in the functions inside it."""
+    inner = [one for one in code.co_consts if isinstance(one, CodeType) and one.co_name in _EXPRESSIONS]
+    return [*inner, *(deeper for one in inner for deeper in _expressions_in(one))]
+
+
 def _remnant(tensor: Tensor, point: Point) -> "Remnant | None":
     """Return the remnant of a tensor that a helper function has read, whose variables are gone when it returns."""
-    # A comprehension is part of another function. A mode would see how a remnant is made.
-    if point.reader[0].co_name[0] == "<" or _len_torch_dispatch_stack():
+    if _len_torch_dispatch_stack():  # a mode would see how a remnant is made
         return None
     try:
         return Remnant(tensor, point.changed)

@@ -471,6 +471,27 @@ def test_a_value_that_a_function_lets_go():
             run.each(edits_late)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda run: [layer.output for layer in run],
+        lambda run: {number: layer.output for number, layer in enumerate(run)},
+        lambda run: list(map(lambda layer: layer.output, run)),  # noqa: C417
+    ],
+    ids=["a list", "a dictionary", "map"],
+)
+def test_values_that_a_function_reads_in_an_expression(read):
+    def ablate(run):
+        read(run)[0].zero_()
+
+    net, x = net_and_input()
+    with torch.no_grad(), pytest.raises(OutOfOrderError, match="in place too late"), Model(net).trace(x) as run:
+        ablate(run)
+    with torch.no_grad(), Model(net).trace(x) as run:  # here they last
+        hidden = [layer.output for layer in run]
+    assert len(hidden) == 3
+
+
 def test_what_a_function_may_change():
     def at_the_point(run):
         run[0].output.zero_()
