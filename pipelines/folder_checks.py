@@ -27,10 +27,12 @@ def check_configurations(folder: Path) -> None:
                 raise ValueError(f"{file} holds a {type(found).__name__}, not a dictionary")
 
 
-def check_vocabulary(folder: Path, tokenizer: Any, part: str = "") -> None:
-    """Raise OSError if a tokenizer was loaded from a model folder, or from a part of it, without its vocabulary files.
+def check_vocabulary(folder: Path, loaded: Any, part: str = "") -> None:
+    """Raise OSError if a tokenizer, or the one in a processor, was loaded from a model folder, or from a part of it,
+    without its vocabulary files.
 
     If `folder` is not a folder but the name of a repository, nothing is checked."""
+    tokenizer = getattr(loaded, "tokenizer", loaded)
     if not folder.is_dir() or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     own = type(tokenizer).vocab_files_names.values()  # empty if the tokens are bytes

@@ -30,7 +30,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from diffsight.errors import DiffsightError, InputError, PointNotFoundError, suggest
+from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import (
     ChangedMethod,
     Clock,
@@ -42,10 +42,11 @@ from diffsight.extending import (
     unwrapped,
     with_gradients,
 )
+from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.hub_access import cache_only_if_offline
 from diffsight.pipelines.language.generation import Choice, GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.loading_arguments import UNTRUSTED, with_dtypes
-from diffsight.pipelines.loading_errors import reason_of
+from diffsight.pipelines.loading_errors import explained
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.pipeline_options import (
     check_options_of_call,
@@ -55,8 +56,10 @@ from diffsight.pipelines.pipeline_options import (
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 from diffsight.pipelines.valid_text import check_text
+from diffsight.pipelines.weights import check_weights, requiring_all_weights
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # not modules
+_OF_TEXTS = ("tokenizer", "processor")
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
 
 
@@ -91,7 +94,8 @@ class HFPipeline(Model):
         arguments: Passed to `transformers.pipeline`, such as `model=…`.
 
     Raises:
-        InputError: `source` is not a pipeline, or an argument is unknown.
+        InputError: `source` is not a pipeline, an argument is unknown, or the files of the model do not hold all of its
+            weights.
     """
 
     _run_class = HFRun
@@ -242,24 +246,38 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
             "HFPipeline(transformers.pipeline(task, model=model, tokenizer=tokenizer))"
         )
     arguments = with_dtypes(arguments)
-    tasks = PIPELINE_REGISTRY.get_supported_tasks()
-    is_task = str(source) in tasks or "model" in arguments
-    try:
-        with cache_only_if_offline():
-            if is_task:
-                check_options_of_loading(str(source), arguments)
-            named = {"task" if is_task else "model": str(source)}
-            pipeline = transformers.pipeline(**named, **UNTRUSTED | arguments)
-    except DiffsightError:
-        raise
-    except Exception as error:  # a damaged file can fail anywhere in the libraries
-        hint = "" if str(source) in tasks else suggest(str(source), tasks)
-        raise InputError(f"the pipeline {str(source)!r} cannot be loaded{hint}: {reason_of(error)}") from error
+    name, tasks = str(source), PIPELINE_REGISTRY.get_supported_tasks()
+    is_task = name in tasks or "model" in arguments
+    model = arguments.get("model") if is_task else name
+    of_model = arguments.get("model_kwargs") or {}
+    hint = "" if name in tasks else suggest(name, tasks)
+    with explained(f"the pipeline {name!r} cannot be loaded{hint}"), cache_only_if_offline():
+        if not _is_live(model):
+            check_configurations(Path(model))
+            check_weights(Path(model), of_model.get("subfolder", ""))
+        if is_task:
+            check_options_of_loading(name, arguments)
+        with requiring_all_weights():
+            pipeline = transformers.pipeline(**{"task" if is_task else "model": name}, **UNTRUSTED | arguments)
+        if "gguf_file" not in of_model and not any(_is_live(arguments.get(name, "")) for name in _OF_TEXTS):
+            _check_vocabularies(pipeline)
     check_options_of_opened(pipeline, arguments)
     dtype = arguments.get("dtype", arguments.get("torch_dtype"))
     if isinstance(dtype, torch.dtype) and all(weight.dtype != dtype for weight in pipeline.model.parameters()):
         raise InputError(f"dtype: the pipeline's model is in {pipeline.model.dtype} and cannot be opened in {dtype}")
     return pipeline
+
+
+def _check_vocabularies(pipeline: Pipeline) -> None:
+    """Raise OSError if the pipeline's tokenizer, or its processor's, was loaded from a folder without a vocabulary."""
+    for name in _OF_TEXTS:
+        part = getattr(pipeline, name)
+        place = getattr(getattr(part, "tokenizer", part), "name_or_path", "")
+        check_vocabulary(Path(place), part)
+
+
+def _is_live(part: Any) -> bool:
+    return not isinstance(part, (str, Path))
 
 
 def _tokenizer(pipeline: Pipeline) -> Any:

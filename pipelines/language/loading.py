@@ -191,7 +191,9 @@ def hub_arguments(arguments: Mapping[str, Any], *more: str) -> dict[str, Any]:
 def _tokenizer(given: Any) -> Any:
     if isinstance(given, (str, Path)):
         try:
-            return transformers.AutoTokenizer.from_pretrained(given, **_usual(given))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(given, **_usual(given))
+            check_vocabulary(Path(given), tokenizer)
+            return tokenizer
         except Exception as error:
             hint = ". Load it yourself, and pass the tokenizer" if "trust_remote_code" in str(error) else ""
             raise InputError(f"there is no tokenizer {str(given)!r}: {first_line(error)}{hint}") from error

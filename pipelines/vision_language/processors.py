@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 
 from diffsight.errors import InputError
+from diffsight.pipelines.folder_checks import check_vocabulary
 from diffsight.pipelines.hub_access import hub_access
 from diffsight.pipelines.loading_arguments import UNTRUSTED
 from diffsight.pipelines.loading_errors import reason_of
@@ -30,6 +31,7 @@ def load_processor(place: str | Path, **of_hub: Any) -> Any:
     try:
         usual = UNTRUSTED | ({} if find_path(place) else hub_access())
         found = transformers.AutoProcessor.from_pretrained(place, **usual | of_hub)
+        check_vocabulary(Path(place), found)
     except Exception as error:  # a damaged file can fail anywhere in the libraries
         raise InputError(f"{place} has no processor that can be loaded: {reason_of(error)}") from error
     return checked_processor(found, str(place))

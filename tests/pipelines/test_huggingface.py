@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
@@ -376,6 +377,35 @@ def test_a_task_and_a_folder(classifier, tmp_path):
 def test_sources_that_are_not_pipelines(source, given, match):
     with pytest.raises(InputError, match=match):
         HFPipeline(source, **given)
+
+
+def test_weights_that_are_missing_are_listed(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"BertForMaskedLM lacks the weights cls\.predictions\."):
+        HFPipeline("fill-mask", model=tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layer.1." not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"BertForSequenceClassification lacks the weights bert\.encoder\.layer\.1\."):
+        HFPipeline("text-classification", model=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", "[]", "config.json holds a list, not a dictionary"),
+        ("tokenizer.json", None, "has no vocabulary"),
+        ("model.safetensors", None, "there are no weights in"),
+        ("model.safetensors", "{", "SafetensorError"),
+    ],
+)
+def test_a_damaged_folder(classifier, tmp_path, file, content, told):
+    classifier.save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match=rf"the pipeline 'text-classification' cannot be loaded: .*{told}"):
+        HFPipeline("text-classification", model=tmp_path)
 
 
 def test_bad_input(classifier):

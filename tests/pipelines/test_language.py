@@ -754,6 +754,12 @@ def test_a_damaged_folder(model, tmp_path, file, content, told):
         LanguageModel(tmp_path, dispatch=True)
 
 
+def test_a_tokenizer_without_a_vocabulary(model, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(InputError, match=r"there is no tokenizer .*: the tokenizer in .* has no vocabulary"):
+        LanguageModel(model.module, tmp_path)
+
+
 def test_a_damaged_chat_template(model, monkeypatch):
     monkeypatch.setattr(TOKENIZER, "chat_template", "{% for %}", raising=False)
     with pytest.raises(InputError, match="the chat template cannot take these messages: TemplateSyntaxError: "):

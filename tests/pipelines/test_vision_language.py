@@ -10,10 +10,10 @@ import transformers
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from diffsight import VisionLanguageModel
+from diffsight import HFPipeline, VisionLanguageModel
 from diffsight.errors import InputError, PointNotFoundError, ScanError
 from diffsight.pipelines.vision_language.processors import placeholder
-from helpers import replaced
+from helpers import refusal, replaced
 from models import architectures, diffusion, vision_language
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -512,6 +512,20 @@ def test_a_folder_without_a_processor(tmp_path):
     processor.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has no processor that can be loaded: OSError"):
         VisionLanguageModel(tmp_path).trace(TEXT, IMAGE)
+
+
+def test_a_processor_without_a_vocabulary(tmp_path):
+    net, processor = vision_language.MODELS["paligemma"]()
+    net.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert "has no vocabulary" in refusal(VisionLanguageModel, tmp_path)
+    assert "has no vocabulary" in refusal(VisionLanguageModel, net, tmp_path)
+    assert "has no vocabulary" in refusal(HFPipeline, "image-text-to-text", model=tmp_path)
+    model = HFPipeline("image-text-to-text", model=tmp_path, processor=processor)
+    bare = transformers.pipeline("image-text-to-text", model=net, processor=processor)
+    given = {"images": IMAGE, "text": placeholder(processor) + TEXT, "generate_kwargs": FOUR}
+    assert model.trace(**given).result == bare(**given)
 
 
 def test_names_chosen_by_the_user(llava):
