@@ -77,18 +77,22 @@ class Steps:
         return True
 
     def __repr__(self) -> str:
+        where = self._flow.outcome or f"open, the model is {self._flow.where}"
+        return f"<steps{self._part} of {self._flow.tree.title}: {where}>"
+
+    @property
+    def _part(self) -> str:
+        """The slice as it was written, such as "[2:4]"; "" for all steps."""
         bounds = [self._chosen.start, self._chosen.stop, self._chosen.step]
         end = 3 if bounds[2] is not None else 2
-        part = "" if bounds == [None] * 3 else f"[{':'.join('' if b is None else str(b) for b in bounds[:end])}]"
-        where = self._flow.outcome or f"open, the model is {self._flow.where}"
-        return f"<steps{part} of {self._flow.tree.title}: {where}>"
+        return "" if bounds == [None] * 3 else f"[{':'.join('' if b is None else str(b) for b in bounds[:end])}]"
 
     def __iter__(self) -> Iterator[Step]:
         flow, chosen = self._flow, self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
         if chosen != slice(None) and (flow.clock.index > first or flow.scope.step >= first):
             raise OutOfOrderError(
-                f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
+                f"run.steps{self._part} was asked for too late: the model is in step {flow.clock.index}"
             )
         entered = -1  # the last step that this loop has entered
         try:
@@ -99,9 +103,9 @@ class Steps:
                     if has_ended and current_edit() is None:
                         missed = has_ended_before and (flow.clock.index > flow.scope.step or flow.scope.step < 0)
                         if missed or (chosen == slice(None) and 0 <= entered < flow.scope.step):
-                            self._warn_of_early_end(entered)
+                            self._warn_of_early_end(len(range(first, entered + 1, stride)))
                         elif chosen != slice(None) and entered < 0:
-                            self._warn_of_missed(first)
+                            self._warn_of_missed()
                     if flow.has_result and not has_ended_before:
                         flow.clock.check_counted(flow.tree.title)
                     return
@@ -118,17 +122,20 @@ class Steps:
     def _check_exists(self, first: int) -> None:
         count = self._flow.clock.count()
         if count is not None and first >= count:
-            raise InputError(f"run.steps[{first}:] has no steps: the run has {count}, 0 to {count - 1}")
+            raise InputError(f"run.steps{self._part} has no steps: the run has {count}, 0 to {count - 1}")
 
-    def _warn_of_early_end(self, entered: int) -> None:
-        count = entered + 1
+    def _warn_of_early_end(self, count: int) -> None:
         message = (
-            f"the loop over run.steps ended after {count} step{'s' * (count != 1)}, because something else, such as "
+            f"the loop over run.steps{self._part} ended after {_counted(count)}, because something else, such as "
             "run.result or another loop over the steps, had run the model past the rest: ask for that after the loop"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
-    def _warn_of_missed(self, first: int) -> None:
-        count = self._flow.clock.index + 1
-        message = f"the loop over run.steps[{first}:] never ran: the model ended after {count} steps"
+    def _warn_of_missed(self) -> None:
+        count = _counted(self._flow.clock.index + 1)
+        message = f"the loop over run.steps{self._part} never ran: the model ended after {count}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _counted(steps: int) -> str:
+    return f"{steps} step{'s' * (steps != 1)}"

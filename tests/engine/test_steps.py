@@ -111,20 +111,26 @@ def test_steps_are_walked_through(generate):
 def test_a_slice_that_lies_behind(generate):
     with generate() as run:
         run.lm_head.calls[2].output
-        with pytest.raises(OutOfOrderError, match=r"run\.steps\[1:\]"):
+        with pytest.raises(OutOfOrderError, match=r"run\.steps\[1:3\] was asked for too late"):
             for _ in run.steps[1:3]:
                 pass
         assert [step.index for step in run.steps[3:]] == [3]
 
 
 def test_a_slice_behind_the_last_step_warns(generate):
-    with generate() as run, pytest.warns(RuntimeWarning, match=r"run\.steps\[5:\].*ended after 4 steps") as caught:
+    with generate() as run, pytest.warns(RuntimeWarning, match=r"run\.steps\[5:7\].*ended after 4 steps") as caught:
         for _ in run.steps[5:7]:
             run.lm_head.output[:] = 0
     assert caught[0].filename == __file__
     with generate() as run, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [step.index for step in run.steps[3:7]] == [3]
+
+
+def test_a_slice_behind_the_only_step_warns(gpt2, ids, greedy):
+    with Model(gpt2).generate(ids, **greedy | {"max_new_tokens": 1, "min_new_tokens": 1}) as run:
+        with pytest.warns(RuntimeWarning, match=r"run\.steps\[2:4\] never ran: the model ended after 1 step$"):
+            assert list(run.steps[2:4]) == []
 
 
 def test_an_edit_of_later_steps_does_not_warn(gpt2, ids, greedy):
@@ -309,6 +315,9 @@ def test_a_loop_that_the_model_has_left_behind(generate):
     with generate() as run, pytest.warns(RuntimeWarning, match=r"ended after 1 step, because .*another loop"):
         for _ in run.steps:
             assert [step.index for step in run.steps] == [1, 2, 3]
+    with generate() as run, pytest.warns(RuntimeWarning, match=r"run\.steps\[1::2\] ended after 1 step, because"):
+        for _ in run.steps[1::2]:
+            run.result
     with generate() as run, warnings.catch_warnings(action="error"):
         for step in run.steps:
             if step.index == 3:

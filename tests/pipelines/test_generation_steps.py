@@ -249,7 +249,7 @@ def test_errors_say_after_how_many_tokens_generation_ended(stops, told):
 
 def test_steps_that_the_run_does_not_have_are_refused_before_the_model_is_called():
     net = llama()
-    few = r"run.steps\[50:\] has no steps: the run has 3, 0 to 2"
+    few = r"run.steps\[50:60\] has no steps: the run has 3, 0 to 2"
     with not_called(net), pytest.raises(InputError, match=few):
         with LanguageModel(net, TOKENIZER).generate(PROMPT, max_new_tokens=3) as run:
             for _ in run.steps[50:60]:
