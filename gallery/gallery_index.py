@@ -9,6 +9,7 @@ Results with a grid were saved with a thumbnail. Thumbnails of other large image
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from PIL import Image
+
 from diffsight.errors import InputError
 from diffsight.lenses.results.saved_results import files_of_record, read_record
 from diffsight.lenses.results.saving import check_writable, save_files
 from diffsight.lenses.results.shown_settings import settings_of, subject_of
 from diffsight.lenses.results.thumbnail import GRID, THUMBNAIL, write_thumbnail
-from diffsight.pipelines.local_paths import find_path, shortened
+from diffsight.pipelines.local_paths import find_path, printable, shortened
 
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
 _IMAGES = (".png", ".gif", ".jpg", ".webp")
@@ -45,20 +48,28 @@ def write_gallery(folder: str | Path) -> Path:
     Args:
         folder: A folder with results in it or in its subfolders, at any depth.
 
+    Warns:
+        RuntimeWarning: A record is damaged. Its result is left out.
+
     Raises:
         InputError: The folder does not exist, has no results, or cannot be written.
     """
     given, folder = folder, find_path(folder)
     if folder is None or not folder.is_dir():
         raise InputError(f"{shortened(str(given))} is not a folder")
-    found = list(find_results(folder))
-    if not found:
-        raise InputError(f"there are no results in {folder}: save some with result.save(folder)")
     check_writable(folder)
+    found, shown = list(find_results(folder)), []
     with ThreadPoolExecutor() as workers:
-        shown = list(workers.map(lambda one: _entry(folder, one), found))
+        for one, entry in zip(found, workers.map(partial(_entry_or_error, folder), found)):
+            if isinstance(entry, Exception):
+                message = f"{one.path} is damaged, and the gallery leaves it out: {type(entry).__name__}: {entry}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            else:
+                shown.append(entry)
+    if not shown:
+        raise InputError(f"there are no results in {folder}: save some with result.save(folder)")
     data = f"galleryData({json.dumps(shown, ensure_ascii=True)});\n"
-    page = _page(folder.resolve().name)
+    page = _page(printable(folder.resolve().name))
     writes = {DATA: data, PAGE: page}
     save_files(folder, {name: _writer(text) for name, text in writes.items()})
     return folder / PAGE
@@ -75,6 +86,14 @@ def find_results(folder: Path) -> Iterator[FoundResult]:
                     yield FoundResult(Path(place, name), record)
 
 
+def _entry_or_error(folder: Path, found: FoundResult) -> dict[str, Any] | Exception:
+    """Return the data that the page shows for a result, or the error that its record causes."""
+    try:
+        return _entry(folder, found)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:  # a value of a wrong type
+        return error
+
+
 def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
     """Return the data that the page shows for a result."""
     record, place = found.record, found.path.parent
@@ -84,41 +103,50 @@ def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
     page = place / "page.html"
     settings = settings_of(record)
     date = record.get("call", {}).get("date") or datetime.fromtimestamp(found.path.stat().st_mtime, UTC).isoformat()
+    several = f"{len(record['prompts'])} prompts" if record.get("prompts") else "no prompt"
     return {
         "folder": place.relative_to(folder).as_posix(),
         "lens": record["lens"],
         "model": settings.get("model", ""),
-        "prompt": subject_of(record) or (f"{len(record['prompts'])} prompts" if record.get("prompts") else "no prompt"),
+        "prompt": str(subject_of(record) or several),
         "seed": record.get("seed"),
-        "date": date[:19],
+        "date": str(date)[:19],
         "settings": settings,
         "base": _address(place, folder),
-        "record": quote(found.path.name),
+        "record": _quoted(found.path.name),
         "page": page.name if page.is_file() else "",
-        "images": {Path(name).stem: quote(name) for name in names if name not in (GRID, THUMBNAIL)},
+        "images": {Path(name).stem: _quoted(name) for name in names if name not in (GRID, THUMBNAIL)},
         "cover": _cover(folder, place, names),
     }
 
 
 def _cover(folder: Path, place: Path, names: list[str]) -> str:
-    """Return the address of the cover image of a result: the image itself if it is small, otherwise a thumbnail."""
+    """Return the address of the cover image of a result: the image itself if it is small or damaged, otherwise a
+    thumbnail."""
     if not names:
         return ""
     name = next((name for name in (THUMBNAIL, GRID) if name in names), names[0])
-    path = place / name
+    path, itself = place / name, f"{_address(place, folder)}{_quoted(name)}"
     state = path.stat()
     if state.st_size <= _SMALL:
-        return f"{_address(place, folder)}{quote(name)}"
-    key = hashlib.sha256(f"{path.relative_to(folder)} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:20]
-    thumbnail = folder / THUMBNAILS / f"{key}.jpg"
+        return itself
+    facts = f"{path.relative_to(folder)} {state.st_mtime_ns} {state.st_size}"
+    thumbnail = folder / THUMBNAILS / f"{hashlib.sha256(os.fsencode(facts)).hexdigest()[:20]}.jpg"
     if not thumbnail.exists():
-        save_files(thumbnail.parent, {thumbnail.name: partial(write_thumbnail, path)})
+        try:
+            save_files(thumbnail.parent, {thumbnail.name: partial(write_thumbnail, path)})
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's, for a damaged image
+            return itself
     return f"{THUMBNAILS}/{thumbnail.name}"
 
 
 def _address(place: Path, folder: Path) -> str:
     relative = place.relative_to(folder).as_posix()
-    return "" if relative == "." else f"{quote(relative)}/"
+    return "" if relative == "." else f"{_quoted(relative)}/"
+
+
+def _quoted(name: str) -> str:
+    return quote(os.fsencode(name))  # a name need not be UTF-8
 
 
 def _page(title: str) -> str:

@@ -71,5 +71,5 @@ def _not_found(source: str, folder: Path | None) -> str:
 def _sees_images(config: Path) -> bool:
     try:
         return "vision_config" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False

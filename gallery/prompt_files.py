@@ -87,7 +87,7 @@ def _of_objects(lines: list[str]) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"object {number} of the prompts is not JSON: {line[:60]!r}") from None
         if isinstance(found, dict):
             found = found[_known(found, f"object {number} has no key")]

@@ -34,7 +34,7 @@ from diffsight.lenses.results.record import versions
 from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
 from diffsight.lenses.results.saved_results import read_record
 from diffsight.lenses.results.thumbnail import THUMBNAIL
-from diffsight.pipelines.local_paths import find_path, shortened
+from diffsight.pipelines.local_paths import find_path, printable, shortened
 
 _PARTS = ("arguments", "models")  # of a call
 _OF_MODEL = {
@@ -79,8 +79,9 @@ class Repetition:
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110, color_system=None)
-        files = f"{len(self.compared)} file{'s' * (len(self.compared) > 1)}"
-        console.print("identical" if self.is_identical else "different", f"({files} compared with {self.record})")
+        outcome = "identical" if self.is_identical else "different"
+        files = f"{len(self.compared)} file{'s' * (len(self.compared) > 1)} compared with {printable(self.record)}"
+        console.print(f"{outcome} ({files})", markup=False, highlight=False)
         for name, difference in self.differences.items():
             console.print(f"  {name}: {difference}", markup=False, highlight=False)
         for note in self.notes:
@@ -257,7 +258,7 @@ def _difference(old: Path, new: Path) -> str:
         return "missing"
     try:
         return _COMPARE.get(new.suffix, _of_bytes)(old, new)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         return f"damaged: {error}"
 
 

@@ -45,8 +45,10 @@ class ResumableFolder:
             return
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{path} is damaged: remove it, or choose another folder") from None
+        except (ValueError, RecursionError):
+            known = None
+        if not isinstance(known, dict):
+            raise InputError(f"{path} is damaged: remove it, or choose another folder")
         mine = json.loads(json.dumps(self.settings))
         other = [name for name in {**known, **mine} if known.get(name) != mine.get(name)]
         if other:

@@ -145,7 +145,7 @@ class SteeringVectors(LensResult, Mapping):
             kept = {name: record[name] for name in ("model", "method", "positions", "arguments")}
             texts = {name: tuple(record[name]) for name in ("positive", "negative")}
             timesteps = None if record["timesteps"] is None else tuple(record["timesteps"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise InputError(f"the vectors in {found} are damaged: {type(error).__name__}: {error}") from error
         return cls(vectors=of["vector"], contrast=of["contrast"], timesteps=timesteps, **kept, **texts)
 

@@ -1,4 +1,4 @@
-"""Find the local path that a user-supplied name refers to, and shorten names for error messages."""
+"""Find the local path that a user-supplied name refers to, and show paths and names as text."""
 
 import os
 from pathlib import Path
@@ -24,6 +24,11 @@ def find_path(name: str | Path) -> Path | None:
     if is_link:
         raise InputError(f"{shortened(str(name))} is a link to {path.readlink()}, which does not exist")
     return None
+
+
+def printable(path: str | Path) -> str:
+    """Return a path as text, with a replacement character for each byte in it that is not UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def shortened(name: str) -> str:

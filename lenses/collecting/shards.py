@@ -71,7 +71,12 @@ def _open(folder: Path, settings: Mapping[str, Any]) -> None:
     """Check that a folder is new, empty, or holds part of the same collection."""
     wanted = json.loads(as_json(settings))
     if folder.is_dir() and (folder / _UNFINISHED).is_file():
-        known = json.loads((folder / _UNFINISHED).read_text(encoding="utf-8"))
+        try:
+            known = json.loads((folder / _UNFINISHED).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            known = None
+        if not isinstance(known, dict):
+            raise InputError(f"{folder / _UNFINISHED} is damaged: remove the folder, or choose a new one")
         differing = [name for name in wanted if name != "versions" and known.get(name) != wanted[name]]
         if differing:
             raise InputError(

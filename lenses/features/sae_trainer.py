@@ -261,7 +261,7 @@ class SAETrainer:
             with safe_open(folder / CHECKPOINT, framework="pt") as stored:
                 facts = json.loads(stored.metadata()["training"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{folder / CHECKPOINT} is not a checkpoint, or is damaged: remove it to start again"
             ) from error

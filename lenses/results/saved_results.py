@@ -37,7 +37,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record in a file, or None if the file contains no record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # no JSON, or nested too deeply
         return None
     return record if isinstance(record, dict) and isinstance(record.get("lens"), str) else None
 

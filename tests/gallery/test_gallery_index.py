@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from diffsight.errors import InputError
-from diffsight.gallery import write_gallery
+from diffsight.gallery import repeat, write_gallery
 from diffsight.gallery.cli import main
 from models import lens_results
 
@@ -122,6 +124,65 @@ def test_what_is_no_result_is_left_out(study, tmp_path):
     shutil.copy(folder / "good" / "targets.json", folder / ".hidden")
     write_gallery(folder)
     assert [one["folder"] for one in data_of(folder)] == ["good"]
+
+
+DEEP = "[" * 100_000
+
+
+def test_json_that_is_nested_too_deeply_is_no_result(study, tmp_path):
+    shutil.copytree(study / "deep" / "run_prompts", tmp_path / "good")
+    (tmp_path / "good" / "other.json").write_text(DEEP)
+    write_gallery(tmp_path)
+    assert [one["folder"] for one in data_of(tmp_path)] == ["good"]
+    with pytest.raises(InputError, match=r"other\.json is not the record of a result"):
+        repeat(tmp_path / "good" / "other.json")
+
+
+@pytest.mark.parametrize("changed", [{"call": None}, {"call": []}, {"prompts": 3}])
+def test_damaged_records_are_named_and_left_out(study, tmp_path, changed):
+    for name in ("good", "bad"):
+        shutil.copytree(study / "deep" / "diffusion_lens", tmp_path / name)
+    path = tmp_path / "bad" / "lens.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.warns(RuntimeWarning, match=rf"{path} is damaged, and the gallery leaves it out: ") as caught:
+        write_gallery(tmp_path)
+    assert [one["folder"] for one in data_of(tmp_path)] == ["good"]
+    assert [one.filename for one in caught] == [__file__]
+    shutil.rmtree(tmp_path / "good")
+    with pytest.warns(RuntimeWarning), pytest.raises(InputError, match="there are no results in"):
+        write_gallery(tmp_path)
+
+
+def test_values_of_other_types_are_shown_as_text(tmp_path):
+    (tmp_path / "lens.json").write_text(json.dumps({"lens": "lens", "prompt": ["a", "b"], "call": {"date": [1, 2]}}))
+    write_gallery(tmp_path)
+    (one,) = data_of(tmp_path)
+    assert (one["prompt"], one["date"]) == ("['a', 'b']", "[1, 2]")
+
+
+def test_a_damaged_image_is_its_own_cover(study, tmp_path):
+    shutil.copytree(study / "deep" / "diffusion_lens", tmp_path / "one")
+    (tmp_path / "one" / "thumbnail.jpg").unlink()
+    (tmp_path / "one" / "grid.png").write_bytes(bytes(300_000))
+    write_gallery(tmp_path)
+    (one,) = data_of(tmp_path)
+    assert one["cover"] == "one/grid.png"
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names are always Unicode there")
+def test_names_that_are_not_utf_8(study, tmp_path, capsys):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(study / "deep" / "diffusion_lens", folder / folder.name)
+    (folder / folder.name / "thumbnail.jpg").unlink()
+    noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / folder.name / "grid.png")
+    page = write_gallery(folder)
+    assert "caf\ufffd" in page.read_text(encoding="utf-8")
+    (one,) = data_of(folder)
+    assert (one["base"], one["record"]) == ("caf%E9/", "lens.json")
+    assert (folder / one["cover"]).is_file()
+    assert main(["repeat", str(tmp_path)]) == 1  # the grid is noise
+    assert "caf\ufffd" in capsys.readouterr().out
 
 
 def test_a_result_in_the_folder_itself(study, tmp_path):

@@ -76,6 +76,9 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert not list(tmp_path.glob(".*"))
     assert "differs in items" in refusal(sweep, measure, range(5), tmp_path)
     assert "differs in function" in refusal(sweep, len, range(4), tmp_path)
+    for damaged in ("[]", "[" * 100_000):
+        (tmp_path / "study.json").write_text(damaged)
+        assert "study.json is damaged: remove it" in refusal(sweep, measure, range(4), tmp_path)
 
 
 def test_bad_input(tmp_path):

@@ -109,6 +109,12 @@ def test_files_are_loaded_and_continued(model, tmp_path, monkeypatch):
     assert "differs in positions" in refusal(
         collect_activations, model, PROMPTS, folder=tmp_path / "states", **options | {"positions": [0]}
     )
+    unfinished = tmp_path / "states" / "unfinished.json"
+    settings = unfinished.read_text()
+    unfinished.write_text(settings[:50])
+    told = refusal(collect_activations, model, PROMPTS, folder=tmp_path / "states", **options)
+    assert "unfinished.json is damaged: remove the folder" in told
+    unfinished.write_text(settings)
     collect_activations(model, PROMPTS, folder=tmp_path / "states", **options)
     assert calls[3:] == [[PROMPTS[2]]]
     loaded = load_activations(tmp_path / "states")
