@@ -331,10 +331,11 @@ def _check_free(folder: str | Path) -> Path:
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `folder` once it is complete. After an error nothing remains."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
-        place = Path(beside) / folder.name
-        place.mkdir()
-        yield place
-        place.replace(folder)
+    """Yield a temporary folder, whose files are moved to `folder` once they are complete. After an error nothing
+    remains."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=".unfinished.") as temporary:
+        yield Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(Path(temporary).iterdir(), reverse=True):  # the index comes last: then all files exist
+            path.replace(folder / path.name)

@@ -3,12 +3,14 @@
 import json
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffsight import collect_activations, load_activations
 from diffsight.errors import InputError
+from helpers import refusal
 from models import language
 
 PROMPTS = [*language.PROMPTS, "hello king", "in Paris and London"]
@@ -78,6 +80,21 @@ def test_a_folder(model, tmp_path):
     assert json.loads((folder / "activations.json").read_text())["versions"]["torch"] == version("torch")
 
 
+@pytest.mark.parametrize("folder", [".", "", Path(), "link", "new/states"])
+def test_an_empty_folder_is_filled(model, tmp_path, monkeypatch, folder):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if folder == "link":
+        (tmp_path / "elsewhere").mkdir()
+        Path("link").symlink_to("../elsewhere")
+    collect_activations(model, PROMPTS, layers=[1], folder=folder)
+    assert {path.name for path in Path(folder).iterdir()} == {"activations.json", "activations_00000.safetensors"}
+    assert torch.equal(load_activations(folder)[1], collect_activations(model, PROMPTS)[1])
+    assert "already exists: choose a new or an empty folder" in refusal(
+        collect_activations, model, PROMPTS, folder=folder
+    )
+
+
 def test_a_folder_appears_when_it_is_complete(model, tmp_path, monkeypatch):
     class Broken(Exception):
         pass
@@ -87,7 +104,7 @@ def test_a_folder_appears_when_it_is_complete(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(import_module("diffsight.lenses.collect_activations"), "write_record", fail)
     with pytest.raises(Broken):
-        collect_activations(model, PROMPTS, folder=tmp_path / "states")
+        collect_activations(model, PROMPTS, folder=tmp_path / "new" / "states")
     assert list(tmp_path.iterdir()) == []
 
 
