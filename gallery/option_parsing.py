@@ -5,6 +5,7 @@ parse_layers("embedding,0:4,-1")            # ["embedding", slice(0, 4), -1]
 
 import argparse
 import ast
+from itertools import chain, islice
 from typing import Any
 
 from diffsight.pipelines.diffusion.input_counts import PER_INPUT
@@ -15,6 +16,8 @@ _INSTEAD = {  # what to write in place of an argument of a pipeline
     "prompt": "write the prompt itself, in quotes",
     "seed": "write --seed {}",
 }
+
+_MOST_SEEDS = 100_000
 
 
 def parse_layers(text: str) -> list[int | str | slice]:
@@ -89,14 +92,17 @@ def parse_seed(text: str) -> int:
 def parse_seeds(text: str) -> list[int]:
     """Parse seeds: `0:3,7` becomes `[0, 1, 2, 7]`."""
     try:
-        parts = [part.strip().split(":") for part in text.split(",")]
-        found = [seed for part in parts for seed in (range(*map(int, part)) if len(part) > 1 else [int(part[0])])]
+        parts = [[int(bound) for bound in part.strip().split(":")] for part in text.split(",")]
+        seeds = chain.from_iterable(range(*part) if len(part) > 1 else part for part in parts)
+        found = list(islice(seeds, _MOST_SEEDS + 1))
     except (ValueError, TypeError):
         found = []
     if not found or min(found) < 0:
         raise argparse.ArgumentTypeError(
             f"{text!r} does not name seeds: write numbers from 0 on, or a range such as 0:8"
         )
+    if len(found) > _MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} names more than {_MOST_SEEDS} seeds: write fewer")
     return list(dict.fromkeys(found))
 
 

@@ -203,6 +203,8 @@ def test_more_seeds_are_added_to_a_study(study, capsys):
         (("lens", "--prompts", "latin.txt"), "is not UTF-8 text, from byte 3 on"),
         (("lens", "--prompts", "prompts.txt", "--out", "a.png"), "into a folder, but a.png is the name of a file"),
         (("lens", RED, "--seeds", "x"), "does not name seeds"),
+        (("lens", RED, "--seeds", "0:99999999999"), "'0:99999999999' names more than 100000 seeds"),
+        (("lens", RED, "--seeds", f"5,0:{10**30}"), "names more than 100000 seeds"),
         (("lens", RED, "--seed", "0:3"), "several: --seeds"),
         (("lens", "--prompt", RED), "A prompt itself is written without an option"),
         (("lens", RED, "--device", "nothing"), "the device nothing cannot be used"),
