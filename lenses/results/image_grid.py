@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK = "white", "#202020"
+_MOST_PIXELS = 2**29  # 1.5 GiB
 _BREAKS = "._-/"  # a word longer than its line is broken after one of these if possible
 
 Row = Sequence[Image.Image | None]
@@ -64,10 +65,11 @@ def image_grid(
     Raises:
         TypeError: An argument is not an image, a text or an integer as required.
         ValueError: There is no image; an image has no pixels or no fixed range of brightness (modes I and F); there are
-            too few or too many titles; or `columns`, `cell` or `padding` is too small.
+            too few or too many titles; or `columns`, `cell` or `padding` is too small or far too large.
     """
     cell, padding = _whole("cell", cell, least=1), _whole("padding", padding, least=0)
     rows, captions, across = _in_rows(images, titles, columns)
+    _check_size(len(rows), across, cell, padding)
     row_titles = _texts("row_titles", row_titles, len(rows), "row")
     column_titles = _texts("column_titles", column_titles, across, "column")
     title = _string("title", title)
@@ -217,6 +219,16 @@ def _in_rows(images, titles, columns: int | None) -> tuple[list[list[Box]], list
     if not any(chain(*rows)):
         raise ValueError("images contains no image: pass at least one")
     return rows, captions, columns
+
+
+def _check_size(rows: int, columns: int, cell: int, padding: int) -> None:
+    """Raise ValueError if a grid would not fit into memory."""
+    height, width = (count * (cell + padding) + padding for count in (rows, columns))
+    if height * width > _MOST_PIXELS:
+        raise ValueError(
+            f"a grid of {rows} x {columns} cells with cell={cell} and padding={padding} is too large: it would have up "
+            f"to {height} x {width} pixels. Write smaller numbers"
+        )
 
 
 def _near_square(count: int) -> int:

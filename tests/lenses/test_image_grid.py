@@ -397,6 +397,9 @@ A = plain_image(RED)
         ([A], {"cell": 0}, ValueError, "cell is 0: write 1 or more"),
         ([A], {"cell": "big"}, TypeError, "cell is 'big': write an integer"),
         ([A], {"padding": -1}, ValueError, "padding is -1: write 0 or more"),
+        ([A], {"cell": 10**6, "titles": ["a"]}, ValueError, "1 x 1 cells with cell=1000000 and .* is too large"),
+        ([A], {"padding": 10**5}, ValueError, "and padding=100000 is too large: .* up to 200192 x"),
+        ([A], {"columns": 10**12}, ValueError, "1 x 1000000000000 cells .* is too large"),
     ],
 )
 def test_bad_input_is_named(images, options, error, message):
