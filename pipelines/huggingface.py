@@ -258,7 +258,8 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
         if is_task:
             check_options_of_loading(name, arguments)
         with requiring_all_weights():
-            pipeline = transformers.pipeline(**{"task" if is_task else "model": name}, **UNTRUSTED | arguments)
+            given = UNTRUSTED | arguments | {"model_kwargs": {**of_model}}  # transformers changes this dictionary
+            pipeline = transformers.pipeline(**{"task" if is_task else "model": name}, **given)
         if "gguf_file" not in of_model and not any(_is_live(arguments.get(name, "")) for name in _OF_TEXTS):
             _check_vocabularies(pipeline)
     check_options_of_opened(pipeline, arguments)

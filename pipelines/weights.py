@@ -5,7 +5,7 @@ A model built without weights adopts those of a loaded model.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import RLock, get_ident
@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.integrations import PeftAdapterMixin
 
 _FILES = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
 
@@ -61,29 +62,39 @@ def requiring_all_weights() -> Iterator[None]:
     """Raise MissingWeightsError if the files of a model that is loaded in the block lack weights.
 
     transformers and diffusers would initialize them randomly, or leave them on the meta device, and print a notice
-    that is easily overlooked. Weights that a model declares as optional or ties to other weights do not count as
-    missing."""
+    that is easily overlooked. The same holds for an adapter that transformers loads with a model. Weights that a model
+    declares as optional or ties to other weights do not count as missing."""
     lacking: dict[str, list[str]] = {}
     thread = get_ident()
+
+    def note(name: str, missing_keys: Iterable[str]) -> None:
+        if missing_keys and get_ident() == thread:
+            lacking[name] = sorted(missing_keys)
+
     with _loading:
         finalize = vars(PreTrainedModel)["_finalize_model_loading"].__func__
+        load_adapter = vars(PeftAdapterMixin)["load_adapter"]
 
         def recording(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
             found = finalize(model, load_config, loading_info)
-            if found.missing_keys and get_ident() == thread:
-                lacking[type(model).__name__] = sorted(found.missing_keys)
+            note(type(model).__name__, found.missing_keys)
+            return found
+
+        def recording_adapters(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            found = load_adapter(model, *args, **kwargs)
+            note(f"the adapter of {type(model).__name__}", getattr(found, "missing_keys", ()))  # not in every version
             return found
 
         with ExitStack() as replaced:
             replaced.enter_context(_replaced(PreTrainedModel, "_finalize_model_loading", staticmethod(recording)))
+            replaced.enter_context(_replaced(PeftAdapterMixin, "load_adapter", recording_adapters))
             modeling = sys.modules.get("diffusers.models.modeling_utils")  # language models do not need it
             if modeling is not None:
                 load = vars(modeling.ModelMixin)["_load_pretrained_model"].__func__
 
                 def recording_diffusers(cls: type, *args: Any, **kwargs: Any) -> tuple:
                     model, missing_keys, *found = load(cls, *args, **kwargs)
-                    if missing_keys and get_ident() == thread:
-                        lacking[type(model).__name__] = sorted(missing_keys)
+                    note(type(model).__name__, missing_keys)
                     return model, missing_keys, *found
 
                 method = classmethod(recording_diffusers)

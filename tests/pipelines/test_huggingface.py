@@ -5,6 +5,7 @@ import time
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import torch
 from huggingface_hub import constants
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-from diffsight import HFPipeline, OutOfOrderError
+from diffsight import HFPipeline, LanguageModel, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError, ScanError
 from helpers import first, refusal, replaced, with_first
 from models import huggingface
@@ -379,15 +380,36 @@ def test_sources_that_are_not_pipelines(source, given, match):
         HFPipeline(source, **given)
 
 
+def without_weights(file, part):
+    kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+    save_file(kept, file, {"format": "pt"})
+
+
 def test_weights_that_are_missing_are_listed(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"BertForMaskedLM lacks the weights cls\.predictions\."):
         HFPipeline("fill-mask", model=tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if "layer.1." not in name}
-    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    without_weights(tmp_path / "model.safetensors", "layer.1.")
     with pytest.raises(InputError, match=r"BertForSequenceClassification lacks the weights bert\.encoder\.layer\.1\."):
         HFPipeline("text-classification", model=tmp_path)
+
+
+def test_weights_that_are_missing_from_an_adapter_are_listed(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    lora = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    adapted = peft.get_peft_model(classifier.model, lora)
+    adapted.save_pretrained(tmp_path)
+    expected = adapted(torch.arange(4)[None]).logits
+    settings = {}
+    model = HFPipeline("text-classification", model=tmp_path, dtype=torch.float32, model_kwargs=settings)
+    assert torch.equal(model.pipeline.model(torch.arange(4)[None]).logits, expected)
+    assert settings == {}
+    without_weights(tmp_path / "adapter_model.safetensors", "layer.1.")
+    for told in (
+        refusal(HFPipeline, "text-classification", model=tmp_path),
+        refusal(LanguageModel, tmp_path, dispatch=True),
+    ):
+        assert "the adapter of BertForSequenceClassification lacks the weights bert.encoder.layer.1." in told
 
 
 @pytest.mark.parametrize(
