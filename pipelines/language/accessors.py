@@ -39,7 +39,7 @@ from diffsight.extending import (
 from diffsight.pipelines.attention.attention_values import attention_value
 from diffsight.pipelines.language.heads_result import heads_result
 from diffsight.pipelines.language.text_configs import WRITES, text_config
-from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
+from diffsight.pipelines.language.unembedding import HiddenLayout, hidden_dtype, norm_and_head, run_tail
 from diffsight.pipelines.language.value_parts import FIRST, Added, HiddenInput, Logits, NextLogits, Within
 from diffsight.pipelines.module_spans import Span
 from diffsight.pipelines.numbers import as_integer
@@ -262,7 +262,7 @@ class Accessors(LayerAccessors):
         outside the run, so nothing in them is read or replaced.
 
         Args:
-            hidden: `(..., features)`.
+            hidden: `(..., features)`, of any floating-point type. It is cast to the type of the model's hidden states.
 
         Returns:
             Logits, `(..., vocabulary)`.
@@ -277,6 +277,7 @@ class Accessors(LayerAccessors):
             raise PointNotFoundError(f"no lm_head was found in {tree.title}")
         if self.mixes_layers:
             raise InputError(f"the logits of {tree.title} come from several layers, so no layer alone has any")
+        hidden = hidden.to(hidden_dtype(tree.root.owner) or hidden.dtype)
         structure = tree.structure
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
             layers = [owner_of(layer) for layer in self._layers()]

@@ -19,6 +19,7 @@ from torch import nn
 
 from diffsight.extending import Target
 from diffsight.pipelines.module_spans import Span
+from diffsight.pipelines.standard_names import embeddings
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class HiddenLayout:
     def as_given(self, hidden: torch.Tensor) -> torch.Tensor:
         """Convert `(batch, tokens, ...)` to the layout of the model's layers."""
         return hidden.movedim((0, 1), (self.batch, self.tokens))
+
+
+def hidden_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the type of the hidden states of a model, which is that of its word embeddings; None if it is unknown."""
+    table = embeddings(model)
+    weights = table.parameters() if table is not None else ()
+    return next((weight.dtype for weight in weights if weight.is_floating_point() and weight.dtype.itemsize > 1), None)
 
 
 def norm_and_head(parts: Sequence[Target | None], hidden: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,20 @@ def test_the_last_layer_gives_the_logits(kind):
     assert torch.equal(model.project_on_vocab(hidden), logits)
 
 
+@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_hidden_states_of_another_type_are_cast(kind, dtype, given):
+    net = architectures.build_causal(kind).to(dtype)
+    model = LanguageModel(net)
+    hidden, logits = last_hidden(net, IDS, tree_of(model).names_of(net)["layers"])
+    found = model.project_on_vocab(hidden.to(given))
+    assert found.dtype == logits.dtype
+    assert torch.equal(found, model.project_on_vocab(hidden.to(given).to(dtype)))
+    if torch.finfo(given).bits > torch.finfo(dtype).bits:
+        assert torch.equal(found, logits)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
 @torch.no_grad()
 def test_positions_can_be_chosen(kind):
