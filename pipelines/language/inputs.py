@@ -9,6 +9,7 @@ so that a row is computed as it would be alone.
 """
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from diffsight.pipelines.numbers import as_integer
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.pipelines.valid_text import check_text
 
+_OF_POSITIONS = re.compile("pos|wpe")  # in the name of a table of positions: embed_positions, pos_encoding
 _first_positions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -107,7 +109,7 @@ def prepare_inputs(
         beside: Arguments passed beside the input. Those that describe the tokens (`PER_TOKEN`) belong to it.
 
     Raises:
-        InputError: The input is empty, longer than the model's context, or of a kind that models do not take.
+        InputError: The input is empty, longer than the model can take, or of a kind that models do not take.
     """
     if isinstance(given, Mapping) and not _is_message(given):
         values = _of_dictionary(type(model).__name__, given, known)
@@ -296,11 +298,22 @@ def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     config = getattr(model, "config", None)
     config = text_config(config, READS) if hasattr(config, "get_text_config") else config
     context = getattr(config, "max_position_embeddings", None)
-    context = context - _first_position(model) if isinstance(context, int) else 0
-    if 0 < context < tokens.shape[-1]:
-        raise InputError(
-            f"the prompt is too long: it has {tokens.shape[-1]} tokens, and the model's context is {context}"
-        )
+    most = context - _first_position(model) if isinstance(context, int) else 0
+    if 0 < most < tokens.shape[-1] and _has_position_table(model, context):
+        raise InputError(f"the prompt is too long: it has {tokens.shape[-1]} tokens, and the model's context is {most}")
+
+
+def _has_position_table(model: nn.Module, rows: int) -> bool:
+    """Return whether the model looks up positions in a table of `rows` vectors, learned or fixed.
+
+    Rotary embeddings and recurrent models need none, and run beyond the context that the model was trained for."""
+    tables = {
+        path: module.num_embeddings - getattr(module, "offset", 0)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    tables |= {path: len(buffer) for path, buffer in model.named_buffers() if buffer.ndim == 2}
+    return any(n == rows and _OF_POSITIONS.search(path.rpartition(".")[2]) for path, n in tables.items())
 
 
 def _first_position(model: nn.Module) -> int:

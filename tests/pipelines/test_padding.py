@@ -78,6 +78,35 @@ def test_the_context_of_a_table_with_a_place_for_padding():
         model.trace(torch.full((1, 64), 7))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neo", "bert", "codegen", "gptj", "ctrl", "marian"])
+def test_the_context_of_a_table_of_positions(kind):
+    net = architectures.build_causal(kind, max_position_embeddings=48)
+    ids = architectures.tokens(length=49)
+    with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
+        net(ids)
+    with pytest.raises(InputError, match="too long: it has 49 tokens, and the model's context is 48"):
+        LanguageModel(net).trace(ids)
+    with torch.no_grad():
+        assert torch.equal(LanguageModel(net).trace(ids[:, 1:]).result.logits, net(ids[:, 1:]).logits)
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "dynamic", "yarn"])
+@torch.no_grad()
+def test_rotary_models_run_beyond_the_context_of_their_training(rope):
+    rope = {"rope_type": rope, "rope_theta": 10000.0} | ({} if rope == "default" else {"factor": 4.0})
+    net = architectures.build_causal("llama", max_position_embeddings=8, rope_parameters=rope)
+    ids = architectures.tokens(length=14)
+    assert torch.equal(LanguageModel(net).trace(ids).result.logits, net(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "rwkv", "xglm", "gemma3_text"])
+@torch.no_grad()
+def test_other_models_without_a_table_of_positions_have_no_limit(kind):
+    net = architectures.build_causal(kind, max_position_embeddings=8)
+    ids = architectures.tokens(length=14)
+    assert torch.equal(LanguageModel(net).trace(ids).result.logits, net(ids).logits)
+
+
 BAD = [
     ({}, "the dictionary is empty"),
     (b"abc", "not bytes"),

@@ -598,9 +598,13 @@ def test_texts_without_a_padding_token(llava):
     assert llava.trace(TEXT, IMAGE).result is not None
 
 
+@torch.no_grad()
 def test_a_prompt_longer_than_the_context(llava):
-    with pytest.raises(InputError, match=r"the prompt is too long: .* context is 256"):
-        llava.trace(TEXT, [IMAGE] * 16)
+    """The language model has rotary embeddings, so it is no error."""
+    images = [IMAGE] * 16
+    values = llava.processor(text="<image>" * 16 + TEXT, images=images, return_tensors="pt")
+    assert values["input_ids"].shape[1] > llava.config.text_config.max_position_embeddings
+    assert torch.equal(llava.trace(TEXT, images).result.logits, llava(**values).logits)
 
 
 @pytest.mark.parametrize("source", ["no/such model", "diffsight/nothing", 3])
