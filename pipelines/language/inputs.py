@@ -216,9 +216,6 @@ def _kind(item: Any) -> str:
 def _of_texts(tokenizer: Any, texts: list[str], left: bool) -> dict[str, Any]:
     tokenizer = _required(tokenizer, "text")
     check_text("the prompt", texts)
-    for text in texts:
-        if not text:
-            raise InputError("the prompt is empty: pass at least one word, or token ids")
     if len(texts) == 1:
         values = dict(tokenizer(texts[0], return_tensors="pt"))
         _check_not_empty(values["input_ids"][0], texts[0])
@@ -282,8 +279,10 @@ def _required(tokenizer: Any, what: str) -> Any:
 
 
 def _check_not_empty(ids: torch.Tensor, text: str) -> None:
+    """Raise InputError for a text without tokens. Even an empty one may have some, such as a token of its beginning."""
     if not len(ids):
-        raise InputError(f"the prompt {text!r} has no tokens: pass at least one word, or token ids")
+        what = f"{text!r} has no tokens" if text else "is empty"
+        raise InputError(f"the prompt {what}: pass at least one word, or token ids")
 
 
 def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:

@@ -73,12 +73,9 @@ def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **mor
     """Return the model inputs for texts and their images. Several texts are padded, on the left or on the right.
 
     Raises:
-        InputError: A text is empty, or the number of its placeholders differs from the number of its images.
+        InputError: A text has no tokens, or the number of its placeholders differs from the number of its images.
     """
     check_text("the prompt", list(texts))
-    for text in texts:
-        if not text.strip():
-            raise InputError("the prompt is empty: pass at least one word")
     token = getattr(processor, "image_token", None)
     counts = [text.count(token) if token else 0 for text in texts]
     images = images_of(images, len(texts), counts)
@@ -95,6 +92,8 @@ def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **mor
         values = processor(text=texts, **given, return_tensors="pt", **more)
     except (ValueError, TypeError, IndexError) as error:
         raise InputError(f"{type(processor).__name__} cannot take this input: {error}") from error
+    if "attention_mask" in values and not values["attention_mask"].any(-1).all():
+        raise InputError("the prompt is empty: pass at least one word, or an image")
     return {name: value for name, value in values.items() if name not in _ONLY_FOR_TRAINING}
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from diffsight import LanguageModel, OutOfOrderError, steer
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.pipelines.language import gguf, smollm2
-from models import diffusion
+from models import diffusion, language
 from models.building import build
 from models.language_kinds import SIZE, TOKENIZER, bart, bert, bloom, gpt2, ids, llama, mamba, opt, t5
 
@@ -59,6 +59,21 @@ def test_one_input_in_every_form(model, net, given):
     run = model.trace(given)
     assert torch.equal(run.result.logits, net(ids(PROMPT)).logits)
     assert torch.equal(run.tokens, ids(PROMPT))
+
+
+def test_an_empty_text_to_which_the_tokenizer_adds_tokens(model, net):
+    assert len(ids("")[0])
+    assert torch.equal(model.generate("", max_new_tokens=4).result, net.generate(ids(""), max_new_tokens=4))
+    with model.trace(["", PROMPT]) as run:
+        assert torch.allclose(run.next_token_probs[0], net(ids("")).logits[0, -1].softmax(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["", [" a cat", ""]])
+def test_an_empty_text_without_tokens(given):
+    model = language.model()
+    for call in (model.trace, model.generate):
+        with pytest.raises(InputError, match="the prompt is empty: pass at least one word, or token ids"):
+            call(given)
 
 
 def test_a_mask_beside_the_token_ids_belongs_to_them(model, net):
@@ -602,9 +617,7 @@ def test_folders_and_files_that_are_not_models(tmp_path, net):
 
 
 WRONG_INPUTS = [
-    ("", "the prompt is empty"),
     ([], "the list is empty"),
-    ([PROMPT, ""], "the prompt is empty"),
     ([PROMPT, [3, 4]], "this one mixes text and token ids"),
     ([PROMPT, {"role": "user", "content": PROMPT}], "this one mixes messages and text"),
     (torch.zeros(1, 3), "token ids are integers, not float32"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from diffsight import HFPipeline, VisionLanguageModel
@@ -62,6 +63,28 @@ def test_runs_like_the_bare_model(net_and_processor):
     assert torch.equal(run.result.logits, net(**values).logits)
     assert torch.equal(run.tokens, values["input_ids"])
     assert not torch.equal(run.result.logits, model.trace(TEXT, OTHER).result.logits[:, : run.tokens.shape[1]])
+
+
+def test_an_image_without_text(net_and_processor):
+    net, processor = net_and_processor
+    run = VisionLanguageModel(net_and_processor).generate("", images=IMAGE, **FOUR)
+    assert torch.equal(run.result, net.generate(**bare_inputs(processor, ""), **FOUR))
+
+
+def test_an_empty_text_among_others(llava):
+    both = llava.generate(["", TEXT], IMAGE, **FOUR).result[:, -4:]
+    alone = [llava.generate(text, IMAGE, **FOUR).result[0, -4:] for text in ("", TEXT)]
+    assert torch.equal(both, torch.stack(alone))
+
+
+def test_a_text_without_tokens(llava):
+    tokenizer = llava.processor.tokenizer
+    assert llava.trace("").tokens.shape == (1, 1)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    for given in ("", [TEXT, ""]):
+        with pytest.raises(InputError, match="the prompt is empty: pass at least one word, or an image"):
+            llava.trace(given)
+    assert llava.trace("", IMAGE).tokens.shape[1] > 1
 
 
 def test_generates_like_the_bare_model(net_and_processor):
@@ -543,9 +566,6 @@ def test_names_chosen_by_the_user(llava):
 @pytest.mark.parametrize(
     ("inputs", "images", "match"),
     [
-        ("", IMAGE, "the prompt is empty"),
-        ("   ", IMAGE, "the prompt is empty"),
-        ([TEXT, ""], IMAGE, "the prompt is empty"),
         (None, IMAGE, "images go with a string, .*, not with nothing"),
         (torch.tensor([[3, 4]]), IMAGE, "images go with a string, .*, not with Tensor"),
         ("<image> a <image>", IMAGE, "has 2 placeholders '<image>', but 1 image was passed"),
