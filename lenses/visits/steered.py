@@ -137,7 +137,7 @@ class Steering:
         rows, value = len(batch.tokens), visit.value
         if value.ndim != 3 or len(value) % rows or value.shape[1] != batch.tokens.shape[1]:
             raise InputError(
-                f"{visit.point.name} has the shape {tuple(value.shape)}, without one value for each of "
+                f"{visit.point.path} has the shape {tuple(value.shape)}, without one value for each of "
                 f"{tuple(batch.tokens.shape)} tokens: omit positions"
             )
         where = torch.zeros(batch.tokens.shape, dtype=torch.bool)

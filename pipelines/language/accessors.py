@@ -212,7 +212,9 @@ class Accessors(LayerAccessors):
 
         In a row with padding at the end, the last token is the last one that is not padding."""
         with keeping_attribute_errors(self):
-            last = getattr(run_meant_by(self, "next_token_probs"), "last_tokens", None)
+            run = run_meant_by(self, "next_token_probs")
+            run.check_one_pass_of_prompt("next_token_probs")
+            last = getattr(run, "last_tokens", None)
             return _part_of_value(self, NextLogits(last)).output.float().softmax(-1)
 
     def skip_layers(self, start: int, end: int | None = None, value: torch.Tensor | None = None) -> None:
@@ -223,6 +225,7 @@ class Accessors(LayerAccessors):
         last = first if end is None else self._index(end, "skip_layers")
         if last < first:
             raise InputError(f"skip_layers({start}, {end}): the last layer comes before the first")
+        run_meant_by(self, "skip_layers").check_one_pass_of_prompt("skip_layers")
         value = self.layers_input[first] if value is None else value
         structure = self._tree.structure
         for index in range(first, last + 1):
@@ -244,11 +247,15 @@ class Accessors(LayerAccessors):
             factor: A scale.
             positions: The positions of the tokens to steer in each input: 0 is its first token, -1 its last. Padding
                 does not count. None stands for all positions.
+
+        Raises:
+            InputError: An argument is not valid, or `prefill_chunk_size` splits the prompt that is to be steered.
         """
         if not isinstance(vector, torch.Tensor):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
         if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
             raise InputError(f"the factor of steer is a number, not {factor!r}")
+        run_meant_by(self, "steer").check_one_pass_of_prompt("steer")
         places = None if positions is None else [_place(p, positions) for p in _listed(positions)]
         mask = None if places is None else self._padding_mask()
         for index in dict.fromkeys(self._index(index, "steer") for index in _listed(layers)):

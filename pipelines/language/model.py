@@ -93,6 +93,7 @@ class LanguageRun(GenerationRun):
     _inputs: Inputs | None = None
     _streamer: Any = None  # the streamer passed to `generate`, if any
     _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
+    _chunk: int | None = None  # how many tokens of the prompt a forward pass reads at most, if it was set
 
     @property
     def rows(self) -> tuple[LanguageRow, ...]:
@@ -129,6 +130,19 @@ class LanguageRun(GenerationRun):
 
         None if the model is not an encoder-decoder model, or derives them from labels."""
         return self._pass._decoded
+
+    def check_one_pass_of_prompt(self, what: str) -> None:
+        """Raise InputError if the body stands where `prefill_chunk_size` splits the prompt.
+
+        `what` names something that would be about the first part of the prompt alone."""
+        scope, tokens, size = flow_of(self).scope, self.decoder_tokens, self._pass._chunk
+        tokens = self.tokens if tokens is None else tokens
+        is_prompt = scope.step <= 0 or not scope.in_step
+        if size is not None and is_prompt and isinstance(tokens, torch.Tensor) and tokens.shape[-1] > size:
+            raise InputError(
+                f"{what} needs the prompt in one pass, but with prefill_chunk_size={size} its {tokens.shape[-1]} "
+                "tokens are read in several: omit prefill_chunk_size"
+            )
 
     @property
     def logits(self) -> torch.Tensor:
@@ -340,6 +354,7 @@ class LanguageModel(Accessors, Model):
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
         set_generated(run, generated, self._target)
         run._streamer = kwargs.get("streamer")
+        run._chunk = setting(self._owner, given, "prefill_chunk_size")
         if is_usual and "custom_generate" not in kwargs:
             most = setting(self._owner, given, "max_new_tokens")
             flow_of(run).clock.count = lambda: most

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from diffsight import HFPipeline, LanguageModel
+from diffsight import HFPipeline, LanguageModel, steer
 from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
 from helpers import not_called
 from models.building import build
@@ -105,6 +105,45 @@ def test_a_step_is_a_token_in_every_mode(mode):
     assert "".join(model.generate(PROMPT, seed=SEED, **options()).stream()) == run.text
     with model.generate(PROMPT, seed=SEED, **options()) as run:
         assert passes_in_each_step(run) == seen.of_tokens(given["input_ids"].shape[1])
+
+
+@pytest.mark.parametrize("positions", [None, -1, 0])
+def test_steering_needs_the_prompt_in_one_pass(positions):
+    model, vector = LanguageModel((llama(), TOKENIZER)), torch.ones(32)
+    with pytest.raises(InputError, match="steer needs the prompt in one pass, but with prefill_chunk_size=4"):
+        with model.generate(PROMPT, max_new_tokens=2, prefill_chunk_size=4) as run:
+            run.steer(0, vector, positions=positions)
+    with pytest.raises(InputError, match="next_token_probs needs the prompt in one pass"):
+        with model.generate([PROMPT, PROMPT], max_new_tokens=2, prefill_chunk_size=4) as run:
+            run.rows[0].next_token_probs
+    with pytest.raises(InputError, match="skip_layers needs the prompt in one pass"):
+        with model.generate(PROMPT, max_new_tokens=2, prefill_chunk_size=4) as run:
+            run.skip_layers(1)
+    found = []
+    for chunks in ({}, {"prefill_chunk_size": 99}):
+        with model.generate(PROMPT, max_new_tokens=2, **chunks) as run:
+            run.steer(0, vector, positions=positions)
+        found.append(run.result)
+    assert torch.equal(*found)
+
+
+def test_steering_the_tokens_after_a_prompt_in_several_passes():
+    model, found = LanguageModel((llama(), TOKENIZER)), []
+    for chunks in ({}, {"prefill_chunk_size": 4}):
+        with model.generate(PROMPT, max_new_tokens=6, **chunks) as run:
+            for _ in run.steps[1:]:
+                run.steer(0, torch.ones(32), positions=-1)
+                found.append(run.next_token_probs)
+    assert len(found) == 10 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[:5], found[5:]))
+
+
+def test_a_steered_model_needs_the_prompt_in_one_pass_for_positions():
+    model, vector = LanguageModel((llama(), TOKENIZER)), torch.ones(32)
+    chunks = {"max_new_tokens": 6, "prefill_chunk_size": 4}
+    with pytest.raises(InputError, match=r"layers\[1\] has the shape \(1, 4, 32\), without one value for each of"):
+        steer(model, 1, vector, positions=-1).generate(PROMPT, **chunks).finish()
+    expected = steer(model, 1, vector).generate(PROMPT, max_new_tokens=6).result
+    assert torch.equal(steer(model, 1, vector).generate(PROMPT, **chunks).result, expected)
 
 
 def test_several_tokens_at_once_are_in_the_modes_above():
