@@ -45,6 +45,7 @@ from diffsight.extending import (
 )
 from diffsight.pipelines.arguments import check_arguments, named_arguments
 from diffsight.pipelines.language.accessors import Accessors, LanguageEnvoy
+from diffsight.pipelines.language.early_exit import open_call
 from diffsight.pipelines.language.generation import (
     GeneratedTokens,
     GenerationRun,
@@ -351,7 +352,8 @@ class LanguageModel(Accessors, Model):
             given = UNTRUSTED | given
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
-        run = self._run_of(encoded, lambda: function(**given), sizes, grad)
+        exits_early = setting(self._owner, given, "assistant_early_exit") is not None
+        run = self._run_of(encoded, lambda: function(**given), sizes, grad, exits_early)
         set_generated(run, generated, self._target)
         run._streamer = kwargs.get("streamer")
         run._chunk = setting(self._owner, given, "prefill_chunk_size")
@@ -507,8 +509,14 @@ class LanguageModel(Accessors, Model):
         start = next((token for name in names if (token := getattr(config, name, None)) is not None), 0)
         return torch.full((inputs.rows or 1, 1), start, device=inputs.device)
 
-    def _run_of(self, inputs: Inputs, function: Callable[[], Any], sizes: list[int], grad: bool) -> LanguageRun:
-        run = self._new_run(function, sizes, None, grad)
+    def _run_of(
+        self, inputs: Inputs, function: Callable[[], Any], sizes: list[int], grad: bool, exits_early: bool = False
+    ) -> LanguageRun:
+        def call() -> Any:
+            with open_call(self._owner, exits_early):
+                return function()
+
+        run = self._new_run(call, sizes, None, grad)
         run._inputs = inputs
         return run
 

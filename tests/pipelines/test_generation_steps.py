@@ -107,6 +107,41 @@ def test_a_step_is_a_token_in_every_mode(mode):
         assert passes_in_each_step(run) == seen.of_tokens(given["input_ids"].shape[1])
 
 
+EARLY = {"max_new_tokens": LENGTH, "assistant_early_exit": 1}
+
+
+@pytest.mark.parametrize("end", ["stop", "error", "dropped", "finished"])
+def test_an_early_exit_leaves_the_layers_as_they_were(end):
+    net = llama()
+    model, layers, logits = LanguageModel((net, TOKENIZER)), net.config.num_hidden_layers, net(ids(PROMPT)).logits
+    run = model.generate(PROMPT, **EARLY)
+    if end == "error":
+        with pytest.raises(ValueError, match="of the body"), run:
+            run.layers_output[0]
+            raise ValueError("of the body")
+    else:
+        run.layers_output[0]
+        assert net.config.num_hidden_layers == 1
+        if end != "dropped":
+            getattr(run, {"stop": "stop", "finished": "finish"}[end])()
+    del run
+    assert net.config.num_hidden_layers == layers and torch.equal(net(ids(PROMPT)).logits, logits)
+    assert torch.equal(model.trace(PROMPT).result.logits, logits)
+
+
+@pytest.mark.parametrize("others", [({}, EARLY), (EARLY, {}), (EARLY, EARLY)])
+def test_a_run_with_early_exit_is_the_only_open_one(others):
+    net = llama()
+    model, layers = LanguageModel((net, TOKENIZER)), net.config.num_hidden_layers
+    calls = [{"max_new_tokens": LENGTH, **other} for other in others]
+    with pytest.raises(InputError, match=r"assistant_early_exit .* no other run of the model can be open"):
+        with model.generate(PROMPT, **calls[0]) as x, model.generate(PROMPT, **calls[1]) as y:
+            x.layers_output[0] + y.layers_output[0]
+    assert net.config.num_hidden_layers == layers
+    texts = [model.generate(PROMPT, **call).text for call in (*calls, {"max_new_tokens": LENGTH})]
+    assert len({*texts}) == 1
+
+
 @pytest.mark.parametrize("positions", [None, -1, 0])
 def test_steering_needs_the_prompt_in_one_pass(positions):
     model, vector = LanguageModel((llama(), TOKENIZER)), torch.ones(32)
