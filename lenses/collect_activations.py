@@ -36,7 +36,6 @@ from diffsight.lenses.results.saving import check_writable
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import check_count, hidden_states, layers_to_read
 from diffsight.lenses.visits.named_points import named_points
-from diffsight.lenses.visits.steered import check_positions
 from diffsight.lenses.visits.visiting import BRANCHES, has_branches
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -44,6 +43,7 @@ from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.numbers import as_integer, unpacked
 from diffsight.pipelines.seeds import as_seed
+from diffsight.pipelines.steering_arguments import check_positions
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
 

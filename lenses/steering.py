@@ -16,18 +16,16 @@ With x a hidden state, v the vector, f the factor and u = v / |v|, x becomes
 Within a single run of a language model, use `run.steer(layers, direction)`.
 """
 
-import math
 from typing import TypeVar
 
 import torch
 
-from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.steering_vector import SteeringVectors
 from diffsight.lenses.visits.steered import Positions, find_steering
 from diffsight.lenses.visits.visiting import visiting
-from diffsight.pipelines.numbers import as_number
+from diffsight.pipelines.steering_arguments import check_factor
 
 Wrapper = TypeVar("Wrapper")
 
@@ -80,8 +78,5 @@ def steer(
             argument is not valid.
         PointNotFoundError: A path does not exist.
     """
-    number = as_number(factor)
-    if number is None or not math.isfinite(number):
-        raise InputError(f"factor is a finite number, not {factor!r}")
-    steering = find_steering(model, layers, vector, number, positions, mode, steps, keep_norm)
+    steering = find_steering(model, layers, vector, check_factor(factor), positions, mode, steps, keep_norm)
     return visiting(model, steering.points, steering.change, branch, steering.step_check(), required=True)

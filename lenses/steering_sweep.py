@@ -6,6 +6,7 @@
 The strengths of a prompt are rows of one call.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,8 +161,8 @@ def steering_sweep(
         raise InputError("prompts must be a prompt, or a list of prompts")
     given = unpacked(factors)
     wanted = tuple(map(as_number, given)) if isinstance(given, Sequence) and not isinstance(given, str) else ()
-    if not wanted or None in wanted:
-        raise InputError(f"factors must be numbers, such as [0, 5, 10], not {factors!r}")
+    if not wanted or None in wanted or not all(map(math.isfinite, wanted)):
+        raise InputError(f"factors must be finite numbers, such as [0, 5, 10], not {factors!r}")
     run = _checked(model, texts, batch_size, seed, arguments)
     size = batch_size or len(wanted)
     found: list[list[Any]] = []

@@ -39,13 +39,13 @@ from diffsight.lenses.tokens.choosing import check_count
 from diffsight.lenses.visits.contrast_plots import contrast_figure
 from diffsight.lenses.visits.mean_states import ImagePrompts, mean_states_of_tokens
 from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_points
-from diffsight.lenses.visits.steered import check_positions
 from diffsight.lenses.visits.visiting import is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.numbers import unpacked
 from diffsight.pipelines.seeds import as_seed
+from diffsight.pipelines.steering_arguments import check_positions
 
 METHODS = ("mean", "pca", "probe")
 _TENSORS = "vectors.safetensors"

@@ -1,7 +1,7 @@
 """How a steered model changes a value: what is added or removed, where, and in which steps."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,7 +19,8 @@ from diffsight.lenses.visits.visiting import Visit, is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.language.text_configs import WRITES, text_config
-from diffsight.pipelines.numbers import as_integer, unpacked
+from diffsight.pipelines.numbers import unpacked
+from diffsight.pipelines.steering_arguments import check_finite, check_positions, described
 
 Positions = int | Sequence[int] | torch.Tensor | None
 
@@ -165,6 +166,8 @@ def find_steering(
         raise InputError(f"steer takes a DiffusionModel, LanguageModel or Model, not {type(model).__name__}")
     if mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+    if not isinstance(unpacked(keep_norm), bool):
+        raise InputError(f"keep_norm is True or False, not {keep_norm!r}")
     vectors, timesteps = vector if isinstance(vector, Mapping) else None, getattr(vector, "timesteps", None)
     points = named_points(model, list(vectors) if layers is None and vectors is not None else layers)
     if vectors is None:
@@ -184,10 +187,10 @@ def find_steering(
 def check_vector(vector: Any) -> torch.Tensor:
     """Return a vector, (features,). Raise InputError for anything else."""
     if not isinstance(vector, torch.Tensor) or vector.ndim != 1 or not vector.is_floating_point():
-        given = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, torch.Tensor) else type(vector).__name__
-        raise InputError(f"the vector must be a float tensor (features,) or a result of steering_vector, not {given}")
-    if not vector.isfinite().all():
-        raise InputError("the vector has components that are not finite")
+        raise InputError(
+            f"the vector must be a float tensor (features,) or a result of steering_vector, not {described(vector)}"
+        )
+    check_finite(vector)
     return vector
 
 
@@ -239,22 +242,6 @@ def _checked_positions(model: Any, positions: Positions) -> list[int] | torch.Te
             raise InputError(f"a mask over the image must be of torch.bool, not {positions.dtype}")
         return positions
     return check_positions(positions, ", or a mask (rows, columns) of torch.bool")
-
-
-def check_positions(positions: Any, others: str = "") -> list[int]:
-    """Return the positions that the user passed as a list. `others` says what else may be passed.
-
-    Raises:
-        InputError: They are not integers, or there are none.
-    """
-    places = unpacked(positions)
-    places = list(places) if isinstance(places, Iterable) and not isinstance(places, str) else [places]
-    found = list(map(as_integer, places))
-    if None in found:
-        raise InputError(f"positions are integers{others}, not {positions!r}")
-    if not found:
-        raise InputError("no positions are chosen: pass some, or omit positions")
-    return found
 
 
 def is_among(index: int, steps: Sequence[int | slice]) -> bool:

@@ -12,7 +12,6 @@ runs the model up to it, like any other read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from diffsight.extending import (
     assign,
     child_of,
     fetch,
+    flow_of,
     handle_on,
     join,
     keeping_attribute_errors,
@@ -44,6 +44,7 @@ from diffsight.pipelines.language.value_parts import FIRST, Added, HiddenInput, 
 from diffsight.pipelines.module_spans import Span
 from diffsight.pipelines.numbers import as_integer
 from diffsight.pipelines.standard_names import EMBEDDING
+from diffsight.pipelines.steering_arguments import check_factor, check_finite, check_positions, described
 
 
 class PerLayer:
@@ -243,7 +244,8 @@ class Accessors(LayerAccessors):
 
         Args:
             layers: The number of a layer, or several.
-            vector: `(features,)`, or any shape that can be added to `(batch, tokens, features)`.
+            vector: `(features,)`, or any shape that can be added to `(batch, tokens, features)`. With `positions`, the
+                tokens are those at the positions.
             factor: A scale.
             positions: The positions of the tokens to steer in each input: 0 is its first token, -1 its last. Padding
                 does not count. None stands for all positions.
@@ -251,14 +253,20 @@ class Accessors(LayerAccessors):
         Raises:
             InputError: An argument is not valid, or `prefill_chunk_size` splits the prompt that is to be steered.
         """
-        if not isinstance(vector, torch.Tensor):
-            raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
-        if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
-            raise InputError(f"the factor of steer is a number, not {factor!r}")
-        run_meant_by(self, "steer").check_one_pass_of_prompt("steer")
-        places = None if positions is None else [_place(p, positions) for p in _listed(positions)]
+        if not isinstance(vector, torch.Tensor) or not vector.ndim or vector.is_complex():
+            raise InputError(f"steer takes a tensor of real numbers, (features,), not {described(vector)}")
+        factor = _factors(factor, vector) if isinstance(factor, torch.Tensor) else check_factor(factor)
+        places = None if positions is None else check_positions(_listed(positions))
+        chosen = dict.fromkeys(self._index(index, "steer") for index in _listed(layers))
+        if not chosen:
+            raise InputError("no layers are chosen: pass the number of a layer")
+        run = run_meant_by(self, "steer")
+        run.check_one_pass_of_prompt("steer")
+        if not flow_of(run).is_scan:  # which knows shapes alone
+            check_finite(vector)
+            check_finite(torch.as_tensor(factor), "the factor")
         mask = None if places is None else self._padding_mask()
-        for index in dict.fromkeys(self._index(index, "steer") for index in _listed(layers)):
+        for index in chosen:
             layer = self._call_of_layer(self._layer(index, "steer"), index, "steer")
             _part_of_value(layer, FIRST, Added(places, mask)).output = vector * factor
 
@@ -376,12 +384,17 @@ def _result(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     return handle_on(layer, heads_result(_attention(layer, path), path)), "output", None
 
 
-def _place(place: Any, positions: Any) -> int:
-    number = as_integer(place)
-    if number is None:
-        hint = ": for a mask, mask.nonzero() returns its positions" if isinstance(place, bool) else ""
-        raise InputError(f"the positions of steer are integers, not {positions!r}{hint}")
-    return number
+def _factors(factor: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Return a factor that is a tensor. Raise InputError if a vector cannot be multiplied with it."""
+    if factor.is_complex():
+        raise InputError(f"factor is a real number, not {described(factor)}")
+    try:
+        torch.broadcast_shapes(factor.shape, vector.shape)
+    except RuntimeError:
+        raise InputError(
+            f"a factor of the shape {tuple(factor.shape)} does not fit a vector of the shape {tuple(vector.shape)}"
+        ) from None
+    return factor
 
 
 def _listed(value: Any) -> list:

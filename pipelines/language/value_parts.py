@@ -140,6 +140,13 @@ class Added(ValuePart):
             raise AssignmentError(
                 f"{path} has {whole.shape[-1]} features per token, but the vector has {value.shape[-1]}"
             )
+        tokens = whole.shape[-2] if self.positions is None else len(self.positions)
+        shape = (*whole.shape[:-2], tokens, whole.shape[-1])
+        if not _fits(value.shape, shape):
+            raise AssignmentError(
+                f"{path}: a vector of the shape {tuple(value.shape)} cannot be added to the shape {shape}"
+                + (" of the positions" if self.positions is not None else "")
+            )
         whole = whole.clone()
         if self.positions is None:
             return whole + value
@@ -173,6 +180,14 @@ def _check_tensor(before: torch.Tensor, value: Any, path: str) -> None:
         raise AssignmentError(f"{path} takes a tensor, not {type(value).__name__}")
     if value.ndim != before.ndim:
         raise AssignmentError(f"{path} has the shape {tuple(before.shape)}, but {tuple(value.shape)} was assigned")
+
+
+def _fits(shape: torch.Size, whole: tuple[int, ...]) -> bool:
+    """Return whether a tensor can be added to one of the shape `whole` in place."""
+    try:
+        return torch.broadcast_shapes(shape, whole) == whole
+    except RuntimeError:
+        return False
 
 
 def _hidden_name(kwargs: Mapping[str, Any], path: object) -> str:

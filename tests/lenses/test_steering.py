@@ -86,6 +86,10 @@ def test_copies_stack_and_are_cleared(net, model):
         ({"vector": torch.zeros(31)}, "the vector has 31 features, but hidden states have 32"),
         ({"vector": torch.zeros(2, 32)}, r"a float tensor \(features,\) or .*, not torch.float32 \(2, 32\)"),
         ({"vector": [0.0] * 32}, "not list"),
+        ({"vector": VECTOR * torch.nan}, "the vector has components that are not finite"),
+        ({"keep_norm": "x"}, "keep_norm is True or False, not 'x'"),
+        ({"layers": []}, "no layers are chosen"),
+        ({"positions": []}, "no positions are chosen"),
         ({"positions": slice(1, 3)}, r"positions are integers, .*, not slice\(1, 3, None\)"),
     ],
 )
@@ -273,6 +277,12 @@ def test_positions_in_steps_without_the_prompt(model):
 
 def test_steps_are_counted_only_where_some_are_chosen(model):
     assert len(steer(model, 0, VECTOR).edits) == 1 and len(steer(model, 0, VECTOR, steps=0).edits) == 2
+
+
+@pytest.mark.parametrize("factors", [[], [0, "x"], [0, float("nan")], [float("inf")], "1"])
+def test_factors_of_a_sweep(model, factors):
+    with pytest.raises(InputError, match=r"factors must be finite numbers, such as \[0, 5, 10\], not"):
+        steering_sweep(model, PROMPTS, 1, VECTOR, factors=factors)
 
 
 def test_a_line_warns_once_of_steps(model):

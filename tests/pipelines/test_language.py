@@ -1,5 +1,6 @@
 """LanguageModel: inputs, results and steps, compared with the bare model of transformers."""
 
+import re
 from importlib.util import find_spec
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from diffsight import LanguageModel, OutOfOrderError, steer
-from diffsight.errors import InputError, PointNotFoundError
+from diffsight.errors import AssignmentError, InputError, PointNotFoundError
 from diffsight.pipelines.language import gguf, smollm2
 from models import diffusion, language
 from models.building import build
@@ -715,20 +716,63 @@ def test_a_model_from_a_folder_has_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"factor": "x"}, "the factor of steer is a number, not 'x'"),
-        ({"factor": None}, "the factor of steer is a number, not None"),
-        ({"positions": 1.5}, "the positions of steer are integers, not 1.5"),
-        ({"positions": ["x"]}, "the positions of steer are integers"),
-        ({"positions": True}, r"the positions of steer are integers, not True: for a mask, mask.nonzero\(\)"),
-        ({"positions": [False, True, False]}, "the positions of steer are integers"),
-        ({"positions": torch.tensor([False, True, False])}, "the positions of steer are integers"),
-        ({"positions": torch.tensor([False, True, False]).numpy()}, "the positions of steer are integers"),
-        ({"vector": [1.0]}, "steer takes a tensor, not list"),
+        ({"factor": "x"}, "factor is a finite number, not 'x'"),
+        ({"factor": None}, "factor is a finite number, not None"),
+        ({"factor": True}, "factor is a finite number, not True"),
+        ({"factor": float("nan")}, "factor is a finite number, not nan"),
+        ({"factor": torch.tensor(float("inf"))}, "the factor has components that are not finite"),
+        ({"factor": torch.tensor(1j)}, r"factor is a real number, not torch.complex64 \(\)"),
+        ({"factor": torch.ones(3)}, r"a factor of the shape \(3,\) does not fit a vector of the shape \(32,\)"),
+        ({"positions": 1.5}, r"positions are integers, not \[1.5\]"),
+        ({"positions": ["x"]}, "positions are integers"),
+        ({"positions": True}, r"positions are integers, not \[True\]: for a mask, mask.nonzero\(\)"),
+        ({"positions": [False, True, False]}, "positions are integers"),
+        ({"positions": torch.tensor([False, True, False])}, "positions are integers"),
+        ({"positions": torch.tensor([False, True, False]).numpy()}, "positions are integers"),
+        ({"positions": []}, "no positions are chosen: pass some, or omit positions"),
+        ({"layers": []}, "no layers are chosen: pass the number of a layer"),
+        ({"vector": [1.0]}, r"steer takes a tensor of real numbers, \(features,\), not list"),
+        ({"vector": torch.tensor(1.0)}, r"steer takes a tensor of real numbers, .*, not torch.float32 \(\)"),
+        ({"vector": torch.ones(32) * 1j}, r"steer takes a tensor of real numbers, .*, not torch.complex64 \(32,\)"),
+        ({"vector": torch.ones(32) * torch.nan}, "the vector has components that are not finite"),
     ],
 )
 def test_what_steering_takes(model, given, match):
     with pytest.raises(InputError, match=match), model.trace(PROMPT) as run:
         run.steer(**{"layers": 0, "vector": torch.ones(32), **given})
+
+
+@pytest.mark.parametrize(
+    ("positions", "shape", "whole"),
+    [
+        (None, (3, 32), (1, 4, 32)),
+        (None, (2, 4, 32), (1, 4, 32)),
+        ([0, 1], (3, 32), (1, 2, 32)),
+        ([0, 1], (1, 4, 32), (1, 2, 32)),
+    ],
+)
+def test_a_vector_of_a_shape_that_cannot_be_added(model, positions, shape, whole):
+    match = f"a vector of the shape {shape} cannot be added to the shape {whole}"
+    with pytest.raises(AssignmentError, match=re.escape(match)), model.trace(PROMPT) as run:
+        run.steer(0, torch.ones(shape), positions=positions)
+
+
+def test_a_vector_for_each_position_or_row(model):
+    vectors = torch.randn(2, 32)
+    with model.trace([PROMPT, PROMPT]) as run:
+        run.steer(0, vectors, positions=[1, -1])
+        run.steer(1, vectors[:, None], factor=2)
+    with model.trace([PROMPT, PROMPT]) as other:
+        other.layers_output[0][:, 1] += vectors[0]
+        other.layers_output[0][:, -1] += vectors[1]
+        other.layers_output[1] = other.layers_output[1] + 2 * vectors[:, None]
+    assert torch.equal(run.result.logits, other.result.logits)
+
+
+def test_steering_in_a_scan(model):
+    with model.scan(PROMPT) as run:
+        run.steer(1, run.layers_output[0][0, -1], factor=run.layers_output[0].std())
+        assert run.logits.shape[-1] == SIZE
 
 
 @pytest.mark.parametrize("hidden", [[1.0], torch.tensor(1.0), torch.ones(32, dtype=torch.long), torch.ones(1, 7)])

@@ -693,7 +693,7 @@ def test_a_layer_that_does_not_exist(gpt2, index):
 
 def test_wrong_steering(gpt2):
     for call, words in (
-        (lambda run: run.steer(0, [1.0]), "steer takes a tensor, not list"),
+        (lambda run: run.steer(0, [1.0]), "steer takes a tensor of real numbers, .*, not list"),
         (lambda run: run.steer(0, torch.ones(3)), "has 32 features per token, but the vector has 3"),
         (
             lambda run: run.steer(0, torch.ones(32), positions=6),
