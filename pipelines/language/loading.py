@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from diffsight.errors import InputError, suggest_packaged
+from diffsight.extending import unwrapped, wrapped_path
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.hub_access import hub_access
 from diffsight.pipelines.language.gguf import load_gguf
@@ -60,6 +61,11 @@ def open_language_model(
         source, tokenizer = source
     if isinstance(source, nn.Module):
         if not hasattr(source, "config"):
+            if hasattr(unwrapped(source), "config"):
+                raise InputError(
+                    f"a {type(source).__name__} hides the {type(unwrapped(source)).__name__} in it: pass that, as in "
+                    f"net.{wrapped_path(source)}"
+                )
             raise InputError(
                 f"a language model is a transformers model with a configuration, and {type(source).__name__} has none: "
                 "diffsight.Model(module) opens any module"

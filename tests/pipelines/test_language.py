@@ -659,6 +659,13 @@ def test_a_module_that_is_not_a_language_model():
         LanguageModel(nn.Linear(3, 3))
 
 
+def test_a_module_that_hides_a_language_model(net):
+    for source in (nn.DataParallel(net), (nn.DataParallel(net), TOKENIZER)):
+        with pytest.raises(InputError, match=r"a DataParallel hides the GPT2LMHeadModel in it: .* net\.module"):
+            LanguageModel(source)
+    assert LanguageModel(nn.DataParallel(net).module).trace([5, 6]).result is not None
+
+
 def test_no_input_at_all(model):
     with pytest.raises(InputError, match="the run was opened without input"):
         model.trace().result
