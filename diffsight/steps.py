@@ -106,7 +106,7 @@ class Steps:
                             self._warn_of_early_end(len(range(first, entered + 1, stride)))
                         elif chosen != slice(None) and entered < 0:
                             self._warn_of_missed()
-                    if flow.has_result and not has_ended_before:
+                    if (flow.has_result or flow.clock.is_over) and not has_ended_before:
                         flow.clock.check_counted(flow.tree.title)
                     return
                 index = flow.scope.step

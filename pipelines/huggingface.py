@@ -19,12 +19,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
@@ -139,6 +141,8 @@ class HFPipeline(Model):
         flow_of(run).seed = seed
         if generated is not None:
             set_generated(run, generated, self._tree.children_of(self._target)["model"])
+        if self._is_one_pass(args, kwargs):
+            flow_of(run).clock.is_behind = lambda target: target.name == "postprocess"
         return run
 
     def check(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
@@ -176,6 +180,11 @@ class HFPipeline(Model):
         if not isinstance(given, list) or isinstance(self._owner, ChunkPipeline) or len(given) > size:
             return []
         return [1] * len(given)
+
+    def _is_one_pass(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+        """Return whether `postprocess` is called only after all calls of the model, not after those for each input."""
+        several = (list, tuple, Dataset, GeneratorType)
+        return bool(self._sizes(args, kwargs)) or not any(isinstance(one, several) for one in args or kwargs.values())
 
 
 class PipelineTree(NamedTree):

@@ -56,6 +56,14 @@ def text_block_targets(pipeline: Any) -> list[Target]:
     return [Target(block, "__call__", path) for path, block in blocks if _encodes_text(block)]
 
 
+def blocks_in(block: ModularPipelineBlocks) -> list[ModularPipelineBlocks]:
+    """Return a block of a modular pipeline, followed by all blocks in it."""
+    blocks = [block]
+    for outer in blocks:
+        blocks += outer.sub_blocks.values()
+    return blocks
+
+
 def _encodes_text(block: ModularPipelineBlocks) -> bool:
     if block.sub_blocks:
         return False

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 from torch import nn
 
 from diffsight.extending import FORWARD, Clock, Target, unwrapped
 from diffsight.pipelines.arguments import signature
-from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.components import blocks_in, components
+
+_CALL_ONE_AFTER_ANOTHER = SequentialPipelineBlocks.__call__  # loops over the blocks in it
 
 
 class DenoisingClock(Clock):
@@ -49,8 +52,21 @@ class DenoisingClock(Clock):
 def decodes_last(pipeline: Any) -> bool:
     """Return whether a pipeline decodes latents only after all its steps. Pipelines that generate a video in parts
     decode inside a loop."""
-    loops = _loops(type(pipeline))
-    return loops is not None and not any("decode" in name for loop in loops for name in loop.methods)
+    called = _called_in_loops(pipeline)
+    return called is not None and not any("decode" in name for name in called)
+
+
+def _called_in_loops(pipeline: Any) -> list[str] | None:
+    """Return the names of what a pipeline calls in its loops; None if they are unknown.
+
+    A block of a modular pipeline that loops calls the blocks in it in every iteration."""
+    if not isinstance(pipeline, ModularPipeline):
+        loops = _loops(type(pipeline))
+        return None if loops is None else [name for loop in loops for name in loop.called]
+    blocks = [block for block in blocks_in(pipeline._blocks) if type(block).__call__ is not _CALL_ONE_AFTER_ANOTHER]
+    looping = [block for block in blocks if block.sub_blocks and _loops(type(block)) != []]
+    trees = [_tree(type(inner)) for block in looping for inner in blocks_in(block)]
+    return None if None in trees else [name for tree in trees for name in _called_in(tree)]
 
 
 def count_of_steps(pipeline: Any) -> int | None:
@@ -58,7 +74,7 @@ def count_of_steps(pipeline: Any) -> int | None:
 
     None if it is unknown, because the pipeline does not step a single scheduler once per iteration of a single loop."""
     schedulers = [part for part in components(pipeline).values() if isinstance(part, SchedulerMixin)]
-    stepping = [loop for loop in _loops(type(pipeline)) or () if "step" in loop.methods]
+    stepping = [loop for loop in _loops(type(pipeline)) or () if "step" in loop.called]
     if len(schedulers) != 1 or len(stepping) != 1 or not stepping[0].is_for:
         return None
     return len(getattr(schedulers[0], "timesteps", ())) or None
@@ -67,25 +83,32 @@ def count_of_steps(pipeline: Any) -> int | None:
 @dataclass(frozen=True)
 class _Loop:
     is_for: bool
-    methods: tuple[str, ...]  # the names of the methods called in the loop
+    called: tuple[str, ...]  # the names of the functions and methods called in the loop
+
+
+def _loops(kind: type) -> list[_Loop] | None:
+    """Return the loops, including nested loops, in the call of a pipeline class or of a class of blocks; None if they
+    are unknown."""
+    tree = _tree(kind)
+    if tree is None:
+        return None
+    loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While))]
+    return [_Loop(isinstance(loop, ast.For), _called_in(loop)) for loop in loops]
 
 
 @functools.cache
-def _loops(kind: type) -> list[_Loop] | None:
-    """Return the loops, including nested loops, in the call of a pipeline class; None if they are unknown."""
-    if issubclass(kind, ModularPipeline):  # its loops are in its blocks
-        return None
+def _tree(kind: type) -> ast.AST | None:
+    """Return the syntax tree of the call of a class, or None if its source is not available."""
     try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__))))
-    except (OSError, SyntaxError, TypeError):  # the source is not available
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__))))
+    except (OSError, SyntaxError, TypeError):
         return None
-    loops = [node for node in ast.walk(code) if isinstance(node, (ast.For, ast.While))]
-    return [_Loop(isinstance(loop, ast.For), _methods_called(loop)) for loop in loops]
 
 
-def _methods_called(loop: ast.AST) -> tuple[str, ...]:
-    called = (node.func for node in ast.walk(loop) if isinstance(node, ast.Call))
-    return tuple(function.attr for function in called if isinstance(function, ast.Attribute))
+def _called_in(tree: ast.AST) -> tuple[str, ...]:
+    called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    names = (getattr(function, "attr", getattr(function, "id", None)) for function in called)
+    return tuple(name for name in names if name is not None)
 
 
 def is_last_step(pipeline: Any, denoiser: nn.Module, args: tuple, kwargs: dict) -> bool:

@@ -49,7 +49,7 @@ from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.pipeline_copies import stateful_parts
 from diffsight.pipelines.diffusion.pipelines_in_use import PipelineOfRun
 from diffsight.pipelines.diffusion.prompts import check_prompts
-from diffsight.pipelines.diffusion.run import DiffusionRun, abandoned_bars_removed, progress_bar, set_pipeline
+from diffsight.pipelines.diffusion.run import DiffusionRun, ProgressBars, progress_bar, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
 from diffsight.pipelines.valid_text import check_text
@@ -199,13 +199,13 @@ class DiffusionModel(HasEncoders, Model):
                 )
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
-        own = PipelineOfRun(self._owner)
+        own, bars = PipelineOfRun(self._owner), ProgressBars()
 
         def call() -> Any:
             given = dict(kwargs)
             with own.in_use() as method, ExitStack() as changes, _naming_the_prompt(is_missing=again is not None):
                 pipeline = own.pipeline
-                changes.enter_context(abandoned_bars_removed(pipeline))
+                changes.enter_context(bars.watched(pipeline))
                 changes.enter_context(processors_restored(pipeline))
                 changes.enter_context(caches_emptied(pipeline))
                 if seeds is not None:
@@ -220,8 +220,9 @@ class DiffusionModel(HasEncoders, Model):
 
         run = self._new_run(call, again=again, grad=grad)
         set_pipeline(run, own, arguments.get("output") if is_modular else None)
-        flow_of(run).clock.is_last = lambda target, *call: is_last_step(own.pipeline, target.owner, *call)
-        flow_of(run).clock.count = lambda: count_of_steps(own.pipeline)
+        clock = flow_of(run).clock
+        clock.is_last = lambda target, *call: bars.are_closed or is_last_step(own.pipeline, target.owner, *call)
+        clock.count = lambda: count_of_steps(own.pipeline)
         flow_of(run).seed = None if seeds is None else seeds[0]  # for noise drawn without a generator
         flow_of(run).observer = BatchLayouts(
             self._owner, arguments, count_inputs(arguments), count_images_each(arguments)

@@ -14,7 +14,7 @@ from diffsight.errors import AssignmentError, InputError, OutOfOrderError
 from diffsight.extending import ChangedMethod, Points, Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
 from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
-from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.components import blocks_in, components
 from diffsight.pipelines.diffusion.denoising_clock import scheduler_timestep
 from diffsight.pipelines.diffusion.latents import sample_of, with_sample
 from diffsight.pipelines.diffusion.pipelines_in_use import PipelineOfRun
@@ -176,40 +176,56 @@ def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
             part.set_progress_bar_config(**before)
 
 
-@contextmanager
-def abandoned_bars_removed(pipeline: Any) -> Iterator[None]:
-    """Remove the progress bars of a run that is stopped or dropped, instead of leaving them below 100 %."""
-    changed = [ChangedMethod(part, "progress_bar", _removing) for part in with_progress_bars(pipeline)]
-    try:
-        yield
-    finally:
-        for method in changed:
-            method.remove()
+class ProgressBars:
+    """The progress bars that a pipeline shows during a run. The run may end before they are at 100 %."""
 
+    def __init__(self) -> None:
+        self._open: set[int] = set()  # by id
+        self._has_shown_one = False
 
-def _removing(progress_bar: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the `progress_bar` method of a pipeline, whose bars are removed if the run is unwound."""
+    @property
+    def are_closed(self) -> bool:
+        """Whether the loops for which the pipeline has shown a bar have ended."""
+        return self._has_shown_one and not self._open
 
-    def removing(*args: Any, **kwargs: Any) -> Any:
-        bar = progress_bar(*args, **kwargs)
-        close = bar.close
+    @contextmanager
+    def watched(self, pipeline: Any) -> Iterator[None]:
+        """Watch the bars of a pipeline in the block. Those of a run that is stopped or dropped are removed, instead of
+        being left below 100 %."""
+        changed = [ChangedMethod(part, "progress_bar", self._watching) for part in with_progress_bars(pipeline)]
+        try:
+            yield
+        finally:
+            for method in changed:
+                method.remove()
 
-        def closing() -> None:
-            if isinstance(sys.exc_info()[1], (GreenletExit, GeneratorExit)):
-                bar.leave = False
-            close()
+    def _watching(self, progress_bar: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the `progress_bar` method of a pipeline, with bars that tell when they are closed."""
+        progress_bar = getattr(
+            progress_bar, "unwatched", progress_bar
+        )  # of a copy of a pipeline whose bars are watched
 
-        bar.close = closing
-        return bar
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            bar = progress_bar(*args, **kwargs)
+            close = bar.close
 
-    return removing
+            def closing() -> None:
+                if isinstance(sys.exc_info()[1], (GreenletExit, GeneratorExit)):
+                    bar.leave = False
+                close()
+                self._open.discard(id(bar))
+
+            bar.close = closing
+            self._open.add(id(bar))
+            self._has_shown_one = True
+            return bar
+
+        watching.unwatched = progress_bar
+        return watching
 
 
 def with_progress_bars(pipeline: Any) -> list[Any]:
     """Return the pipeline or, if it is modular, its blocks that loop over timesteps."""
     if not isinstance(pipeline, ModularPipeline):
         return [pipeline]
-    blocks = [pipeline._blocks]
-    for block in blocks:
-        blocks += block.sub_blocks.values()
-    return [block for block in blocks if isinstance(block, LoopSequentialPipelineBlocks)]
+    return [block for block in blocks_in(pipeline._blocks) if isinstance(block, LoopSequentialPipelineBlocks)]

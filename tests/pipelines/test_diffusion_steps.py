@@ -229,6 +229,24 @@ def test_what_comes_after_the_last_step_can_be_read_and_edited():
     assert torch.equal(run.images, (flipped / 2 + 0.5).clamp(0, 1))
 
 
+def interrupt(pipeline, index, timestep, values):
+    pipeline._interrupt = index == 1
+    return values
+
+
+@pytest.mark.parametrize(("more", "count"), [({"denoising_end": 0.5}, 1), ({"callback_on_step_end": interrupt}, 2)])
+def test_a_loop_that_ends_before_the_last_timestep(more, count):
+    kind = diffusion.PIPELINES["stable_diffusion_xl"]
+    pipe, inputs = kind.build(), {**kind.inputs(), **more, "num_inference_steps": 3, "output_type": "pt"}
+    with recorded(pipe.vae, "decode") as calls:
+        want = draw(pipe, inputs)
+    with DiffusionModel(pipe).generate(**inputs, seed=SEED) as x, DiffusionModel(pipe).generate(**inputs, seed=4) as y:
+        assert len([*zip(x.steps, y.steps)]) == count
+        assert torch.equal(x.vae.decode.input, calls[0][0][0][0])
+        assert x.vae.decode.input.shape == y.vae.decode.input.shape
+    assert torch.equal(x.images, want)
+
+
 def test_previews_do_not_end_a_loop():
     """A preview of each step is decoded by a callback, which is not the end of the steps."""
     pipe, kwargs = diffusion.PIPELINES["stable_diffusion"].build(), SD(output_type="pt")

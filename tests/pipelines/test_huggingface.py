@@ -162,6 +162,20 @@ def test_texts_one_after_the_other_and_two_runs_at_once(writer):
     assert pieces == single[0] + single[1]
 
 
+@pytest.mark.parametrize("texts", [TEXT, [TEXT] * 2])
+def test_what_comes_after_the_last_step_can_be_read_and_edited(writer, texts):
+    given = {"max_new_tokens": 3, "do_sample": False, "batch_size": 2}
+    writer.tokenizer.pad_token = writer.tokenizer.eos_token
+    plain = writer(texts, **given)
+    with HFPipeline(writer).generate(texts, **given) as run:
+        written = [step.tokens.tolist() for step in run.steps]
+        ids = run.postprocess.input["generated_sequence"]
+        run.postprocess.output = "other"
+    assert len(written) == 3
+    assert ids.flatten()[-3:].tolist() == [tokens[0] for tokens in written]
+    assert run.result == ("other" if isinstance(texts, str) else ["other", plain[1]])
+
+
 def test_a_direction_in_one_step(writer):
     model = HFPipeline(writer)
     given = {"max_new_tokens": 4, "do_sample": False, "return_tensors": True}

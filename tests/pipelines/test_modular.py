@@ -19,6 +19,7 @@ from diffsight.lenses import (
     prompt_to_prompt,
     trajectory_lens,
 )
+from helpers import recorded
 from models.diffusion import PIPELINES
 from models.text_encoders import TEXT_PIPELINES
 
@@ -133,6 +134,19 @@ def test_steps_and_branches(case):
             assert not torch.equal(a, b)
     else:
         assert torch.equal(conds[0], kept[0])
+
+
+def test_what_comes_after_the_last_step_can_be_read(case):
+    pipe = case.build()
+    expected = case.bare(pipe)
+    with recorded(pipe.vae, "decode") as calls:
+        case.bare(pipe)
+    with DiffusionModel(pipe).generate(**case.call, seed=0) as run:
+        steps = [step.index for step in run.steps]
+        latents = run.vae.decode.input
+    assert steps == [*range(case.call["num_inference_steps"])]
+    assert torch.equal(latents, calls[0][0][0][0])
+    assert torch.equal(outputs(run, case), expected)
 
 
 def test_an_edit_of_one_branch_is_what_a_hook_does(sdxl):
