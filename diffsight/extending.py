@@ -55,6 +55,7 @@ State that belongs to the model's structure is kept on the tree, where edited co
 a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. If there are several passes
 (`run.invoke`), names refer to the run `self._pass`. `self._check_one_pass(name)` raises an error for a name that every
 pass has, `self._check_no_scan(name)` for a result that a scan would make of zeros. `self._model` is the model.
+`call_if_unread(run, function)` calls a function if the run is dropped before anything ran.
 Override `_own_copy` if a run works on copies of parts of the model: attributes and methods of their handles are then
 those of the copies.
 
@@ -128,7 +129,7 @@ from diffsight.envoy import (
 )
 from diffsight.model import Model, open_run
 from diffsight.rows import Row, View, each, part_of, run_of
-from diffsight.run import Run
+from diffsight.run import Run, call_if_unread
 from diffsight.steps import Step
 
 __all__ = [
@@ -155,6 +156,7 @@ __all__ = [
     "Tree",
     "View",
     "assign",
+    "call_if_unread",
     "child_of",
     "children_in",
     "current_owner",

@@ -50,6 +50,8 @@ class Run(InRun):
 
     `run.<path>` are the model's envoys, bound to this run."""
 
+    _if_unread: Callable[[], None] | None = None  # called if the run is dropped before anything ran
+
     def __init__(
         self,
         model: Envoy,
@@ -392,14 +394,22 @@ class Run(InRun):
         if flow.is_cleared:
             return
         undecided = flow.undecided()
+        is_unread = not flow.has_begun and flow.outcome is None
         if flow.is_entered and flow.thread == THIS_THREAD.number:
             flow.leave_body()
         flow.close("the run was dropped")
+        if is_unread and self._if_unread is not None:
+            self._if_unread()
         for value, calls in undecided:
             warn_user(
                 f"the run was dropped during the call of {calls} in which {value} was read, so diffsight cannot tell "
                 "whether that call would have computed a second product. Call run.stop() or run.finish()"
             )
+
+
+def call_if_unread(run: Run, function: Callable[[], None]) -> None:
+    """Call a function if a run is dropped before anything ran."""
+    run._if_unread = function
 
 
 def own_target(run: Run, path: str) -> Target | None:

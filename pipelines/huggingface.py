@@ -57,6 +57,7 @@ from diffsight.pipelines.pipeline_options import (
 )
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
+from diffsight.pipelines.unread_runs import warn_if_unread
 from diffsight.pipelines.valid_text import check_text
 from diffsight.pipelines.weights import check_weights, requiring_all_weights
 
@@ -139,6 +140,7 @@ class HFPipeline(Model):
         again = None if args else partial(self.trace, seed=seed, grad=grad, **kwargs)
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
         flow_of(run).seed = seed
+        warn_if_unread(run, kwargs)
         if generated is not None:
             set_generated(run, generated, self._tree.children_of(self._target)["model"])
         if self._is_one_pass(args, kwargs):

@@ -52,6 +52,7 @@ from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, ProgressBars, progress_bar, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
+from diffsight.pipelines.unread_runs import warn_if_unread
 from diffsight.pipelines.valid_text import check_text
 from diffsight.remote import ServedModel, is_on_server, put_on_server
 
@@ -220,6 +221,7 @@ class DiffusionModel(HasEncoders, Model):
 
         run = self._new_run(call, again=again, grad=grad)
         set_pipeline(run, own, arguments.get("output") if is_modular else None)
+        warn_if_unread(run, {**arguments, **kwargs})
         clock = flow_of(run).clock
         clock.is_last = lambda target, *call: bars.are_closed or is_last_step(own.pipeline, target.owner, *call)
         clock.count = lambda: count_of_steps(own.pipeline)

@@ -1,5 +1,7 @@
 """Runs of small diffusion pipelines against the bare pipelines, one at a time and several at once."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -21,6 +23,20 @@ def test_an_unread_run_gives_the_bits_of_the_bare_pipeline(kind, pipe):
     with model.generate(**kind.inputs(), seed=SEED) as run:
         pass
     assert torch.equal(drawn(run), want)
+
+
+@pytest.mark.parametrize(("name", "more"), [("callback_on_step_end", {}), ("callback", {"callback_steps": 1})])
+def test_a_run_with_a_callback_that_is_dropped_unread(sd, name, more):
+    seen = []
+    given = {name: lambda *args: seen.append(args) or args[-1], **more}
+    with pytest.warns(RuntimeWarning, match=f"a run with a {name} was dropped .*{name}={name}"):
+        DiffusionModel(sd).generate(**SD(), **given)
+    assert not seen
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        DiffusionModel(sd).generate(**SD(), **given).finish()
+        DiffusionModel(sd).generate(**SD())
+    assert seen
 
 
 def test_walking_through_the_steps_changes_nothing(kind, pipe):

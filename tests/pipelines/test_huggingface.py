@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -174,6 +175,19 @@ def test_what_comes_after_the_last_step_can_be_read_and_edited(writer, texts):
     assert len(written) == 3
     assert ids.flatten()[-3:].tolist() == [tokens[0] for tokens in written]
     assert run.result == ("other" if isinstance(texts, str) else ["other", plain[1]])
+
+
+def test_a_run_with_a_streamer_that_is_dropped_unread(writer):
+    streamer = transformers.TextIteratorStreamer(writer.tokenizer)
+    model, given = HFPipeline(writer), {"max_new_tokens": 2, "streamer": streamer}
+    with pytest.warns(RuntimeWarning, match="a run with a streamer was dropped before anything ran") as caught:
+        model.generate(TEXT, **given)
+    assert caught[0].filename == __file__
+    assert [*streamer] == [""]  # it has ended
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.generate(TEXT, max_new_tokens=2)
+        model.generate(TEXT, **given).model.lm_head.output
 
 
 def test_a_direction_in_one_step(writer):
