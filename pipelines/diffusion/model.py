@@ -43,9 +43,11 @@ from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_las
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.encoding import images_beside_prompt
+from diffsight.pipelines.diffusion.guider_hooks import guider_hooks_removed
 from diffsight.pipelines.diffusion.image_seeds import images_kept_apart
 from diffsight.pipelines.diffusion.input_counts import PER_INPUT, check_labels, count_images_each, count_inputs
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
+from diffsight.pipelines.diffusion.lora_scales import lora_scales_restored
 from diffsight.pipelines.diffusion.pipeline_copies import stateful_parts
 from diffsight.pipelines.diffusion.pipelines_in_use import PipelineOfRun
 from diffsight.pipelines.diffusion.prompts import check_prompts
@@ -200,7 +202,7 @@ class DiffusionModel(HasEncoders, Model):
                 )
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
-        own, bars = PipelineOfRun(self._owner), ProgressBars()
+        own, bars, named = PipelineOfRun(self._owner), ProgressBars(), {**arguments, **kwargs}
 
         def call() -> Any:
             given = dict(kwargs)
@@ -209,6 +211,8 @@ class DiffusionModel(HasEncoders, Model):
                 changes.enter_context(bars.watched(pipeline))
                 changes.enter_context(processors_restored(pipeline))
                 changes.enter_context(caches_emptied(pipeline))
+                changes.enter_context(lora_scales_restored(pipeline, named))
+                changes.enter_context(guider_hooks_removed(pipeline))
                 if seeds is not None:
                     given["generator"] = made = generators(seeds)
                     if len(seeds) > 1:
@@ -221,7 +225,7 @@ class DiffusionModel(HasEncoders, Model):
 
         run = self._new_run(call, again=again, grad=grad)
         set_pipeline(run, own, arguments.get("output") if is_modular else None)
-        warn_if_unread(run, {**arguments, **kwargs})
+        warn_if_unread(run, named)
         clock = flow_of(run).clock
         clock.is_last = lambda target, *call: bars.are_closed or is_last_step(own.pipeline, target.owner, *call)
         clock.count = lambda: count_of_steps(own.pipeline)

@@ -15,17 +15,20 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import Lock, current_thread
 from types import FrameType, MethodType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from greenlet import getcurrent
+from torch import nn
 
 from diffsight.errors import InputError
 from diffsight.extending import ChangedMethod
 from diffsight.pipelines.diffusion.denoiser_caches import cached_parts
 from diffsight.pipelines.diffusion.pipeline_copies import copied_pipeline, is_pipeline, stateful_parts
+from diffsight.pipelines.diffusion.upcast_vaes import Conversions, upcast_parts
 
 _in_use: dict[int, "PipelineOfRun"] = {}  # by ids of pipelines and of components of theirs that change
 _lock = Lock()
@@ -38,6 +41,7 @@ class PipelineOfRun:
         self.pipeline = pipeline
         self.copies: dict[int, Any] = {}  # by the ids of the user's own objects
         self.thread = current_thread()  # in which the call is made
+        self.conversions = Conversions()
         self._originals: list[Any] = []  # they keep their ids as long as they are here
 
     @contextmanager
@@ -56,9 +60,12 @@ class PipelineOfRun:
                 used |= dict.fromkeys(map(id, parts), self)
                 _in_use.update(used)
             with ExitStack() as changes:
-                for cls, name, change in _changes(parts):
-                    changes.callback(ChangedMethod(cls, name, change).remove)
+                for owner, name, change in _changes(parts):
+                    changes.callback(ChangedMethod(owner, name, change).remove)
                 yield MethodType(_unchanged(type(self.pipeline).__call__), self.pipeline)
+        except BaseException:
+            self.conversions.undo()
+            raise
         finally:
             for number in used:
                 _in_use.pop(number, None)
@@ -124,11 +131,13 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-# ---- classes, while a run is using an object of theirs
+# ---- methods that are changed while a run is using an object that has them
 
 
-def _changes(parts: list[Any]) -> Iterator[tuple[type, str, Callable]]:
-    """Yield the methods to change: their classes and names, and how to change them."""
+def _changes(parts: list[Any]) -> Iterator[tuple[Any, str, Callable]]:
+    """Yield the methods to change: their classes or objects, their names, and how to change them."""
+    for vae in {vae for held in filter(is_pipeline, parts) for vae in upcast_parts(held).values()}:
+        yield vae, "to", partial(_noting_conversions, vae)
     for part in parts:
         name, change = ("__call__", _calling_a_copy) if is_pipeline(part) else ("set_timesteps", _of_one_pipeline)
         cls = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
@@ -162,6 +171,18 @@ def _is_inner(pipeline: DiffusionPipeline) -> bool:
 
 def _unchanged(method: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(method, "unchanged", method)
+
+
+def _noting_conversions(vae: nn.Module, to: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method `to` that notes what the pipeline of a run converts. The user may convert a VAE for good."""
+
+    @functools.wraps(to)
+    def convert(*args: Any, **kwargs: Any) -> Any:
+        pipeline = next(_called(_frames()), None)
+        run = None if pipeline is None else _user_of(pipeline)
+        return to(*args, **kwargs) if run is None else run.conversions.convert(vae, to, args, kwargs)
+
+    return convert
 
 
 @functools.lru_cache(maxsize=64)  # so that classes made in functions do not stay for good

@@ -1,14 +1,16 @@
 """Nothing is left behind on a pipeline, however a run ends."""
 
+import contextlib
 import copy
 
 import diffusers
+import peft
 import pytest
 import torch
 
 from diffsight import DiffusionModel
 from diffsight.errors import RunClosedError
-from helpers import SEED, draw, drawn, hooked, module_at, pipeline_footprint
+from helpers import SEED, draw, drawn, hooked, module_at, pipeline_footprint, same
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
@@ -100,6 +102,82 @@ def test_attention_processors_that_a_pipeline_sets(end):
     before = pipe.unet.attn_processors
     end(DiffusionModel(pipe), kind)
     assert pipe.unet.attn_processors == before
+
+
+def stop(run):
+    run.stop()
+
+
+def fail(run):
+    raise ZeroDivisionError
+
+
+def end_behind(model, call, read, end):
+    """End a run that has run to a value."""
+    with contextlib.suppress(ZeroDivisionError), model.generate(**call, seed=SEED) as run:
+        read(run)
+        end(run)
+
+
+def with_lora(pipe):
+    for part, names in ((pipe.text_encoder, "q_proj"), (pipe.unet, "to_q")):
+        part.add_adapter(peft.LoraConfig(r=2, target_modules=[names], init_lora_weights=False))
+    return pipe
+
+
+def lora_scales(pipe):
+    modules = [*pipe.text_encoder.modules(), *pipe.unet.modules()]
+    return [dict(module.scaling) for module in modules if hasattr(module, "scale_layer")]
+
+
+@pytest.mark.parametrize("end", [stop, fail])
+@pytest.mark.parametrize("point", ["text_encoder.layers[0]", "unet.mid_block"])
+def test_the_scale_of_a_lora(sd, point, end):
+    own = lora_scales(with_lora(sd))
+    call = SD(cross_attention_kwargs={"scale": 0.3})
+    end_behind(DiffusionModel(sd), call, lambda run: run[point].output, end)
+    assert own == lora_scales(sd) != []
+
+
+def test_the_scale_of_a_lora_that_the_user_sets(sd):
+    """It stays, however the run ends."""
+
+    chosen = []
+
+    def choose(run):
+        _ = run.text_encoder.layers[0].output
+        for module in sd.text_encoder.modules():
+            if hasattr(module, "scale_layer"):
+                module.set_scale("default", 0.7)
+        chosen.extend(lora_scales(sd))
+
+    with_lora(sd)
+    end_behind(DiffusionModel(sd), SD(cross_attention_kwargs={"scale": 0.3}), choose, stop)
+    assert lora_scales(sd) == chosen != []
+
+
+def half_sdxl():
+    pipe = diffusion.PIPELINES["stable_diffusion_xl"].build().to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    return pipe
+
+
+@pytest.mark.parametrize("end", [stop, fail])
+def test_a_vae_that_a_pipeline_converts_to_float32(end):
+    pipe, call = half_sdxl(), diffusion.PIPELINES["stable_diffusion_xl"].inputs()
+    own = {name: tensor.clone() for name, tensor in pipe.vae.state_dict().items()}
+    seen = []
+    end_behind(DiffusionModel(pipe), call, lambda run: seen.append(run.vae.decoder.mid_block.output), end)
+    assert seen[0].dtype == torch.float32
+    assert same(own, dict(pipe.vae.state_dict()))
+    assert "to" not in vars(pipe.vae)
+
+
+def test_a_vae_that_the_user_converts():
+    """It stays, however the run ends."""
+    pipe, call = half_sdxl(), diffusion.PIPELINES["stable_diffusion_xl"].inputs()
+    end_behind(DiffusionModel(pipe), call, lambda run: (run.unet.mid_block.output, pipe.vae.to(torch.float32)), stop)
+    assert pipe.vae.dtype == torch.float32
 
 
 def test_attention_processors_that_the_user_sets(sd):

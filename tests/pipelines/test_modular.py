@@ -6,7 +6,8 @@ import shutil
 import diffusers
 import pytest
 import torch
-from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders import AutoGuidance, ClassifierFreeGuidance, SkipLayerGuidance
+from diffusers.hooks import LayerSkipConfig
 from torch.utils._pytree import tree_leaves
 
 from diffsight import DiffusionModel
@@ -147,6 +148,27 @@ def test_what_comes_after_the_last_step_can_be_read(case):
     assert steps == [*range(case.call["num_inference_steps"])]
     assert torch.equal(latents, calls[0][0][0][0])
     assert torch.equal(outputs(run, case), expected)
+
+
+SKIPPED = LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")
+
+
+@pytest.mark.parametrize(
+    ("guider", "call"),
+    [  # and the call of the denoiser for which they put hooks on it
+        (AutoGuidance(auto_guidance_config=SKIPPED, start=0.0, stop=1.0), 1),
+        (SkipLayerGuidance(skip_layer_config=SKIPPED, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0), 2),
+    ],
+)
+def test_a_guider_leaves_no_hooks_on_the_denoiser(sdxl, guider, call):
+    pipe = sdxl.build()
+    pipe.update_components(guider=guider)
+    expected = sdxl.bare(pipe)
+    with DiffusionModel(pipe).generate(**sdxl.call, seed=0) as run:
+        for _ in run.steps[1:]:
+            run.unet.mid_block.calls[call].output
+            run.stop()
+    assert torch.equal(sdxl.bare(pipe), expected)
 
 
 def test_an_edit_of_one_branch_is_what_a_hook_does(sdxl):
