@@ -168,7 +168,7 @@ class DiffusionModel(HasEncoders, Model):
         if hook or is_on_server(self):
             return super().__call__(*args, hook=hook, **kwargs)
         self._tree.load_unless_scanning()
-        with PipelineOfRun(self._owner).in_use() as call:
+        with PipelineOfRun(self._owner, kwargs).in_use() as call:
             return call(*args, **kwargs)
 
     def generate(
@@ -202,7 +202,8 @@ class DiffusionModel(HasEncoders, Model):
                 )
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
-        own, bars, named = PipelineOfRun(self._owner), ProgressBars(), {**arguments, **kwargs}
+        named = {**arguments, **kwargs}
+        own, bars = PipelineOfRun(self._owner, named, can_wait=True), ProgressBars()
 
         def call() -> Any:
             given = dict(kwargs)

@@ -13,35 +13,43 @@ pipeline is changed while a run is using the pipeline.
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import Lock, current_thread
 from types import FrameType, MethodType
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from greenlet import getcurrent
 from torch import nn
 
 from diffsight.errors import InputError
 from diffsight.extending import ChangedMethod
-from diffsight.pipelines.diffusion.denoiser_caches import cached_parts
+from diffsight.pipelines.diffusion.changed_modules import ChangedModule, changed_modules
+from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.pipeline_copies import copied_pipeline, is_pipeline, stateful_parts
 from diffsight.pipelines.diffusion.upcast_vaes import Conversions, upcast_parts
 
 _in_use: dict[int, "PipelineOfRun"] = {}  # by ids of pipelines and of components of theirs that change
+_conversions = Conversions()
 _lock = Lock()
 
 
 class PipelineOfRun:
-    """The pipeline that one run calls: the user's own, or a copy once the run needs one."""
+    """The pipeline that one run calls: the user's own, or a copy once the run needs one.
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self.pipeline = pipeline
+    Args:
+        pipeline: The user's own.
+        arguments: The arguments of the call, by name.
+        can_wait: Whether other calls can be made in the same thread before this one ends. Otherwise it is a plain call.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, arguments: Mapping[str, Any], can_wait: bool = False) -> None:
+        self.pipeline, self.arguments, self.can_wait = pipeline, arguments, can_wait
         self.copies: dict[int, Any] = {}  # by the ids of the user's own objects
         self.thread = current_thread()  # in which the call is made
-        self.conversions = Conversions()
         self._originals: list[Any] = []  # they keep their ids as long as they are here
 
     @contextmanager
@@ -50,12 +58,12 @@ class PipelineOfRun:
         used: dict[int, PipelineOfRun] = {}
         try:
             with _lock:
+                self._check_modules()
                 is_free = not _is_used(self.pipeline) and not _is_running(self.pipeline)
                 if not is_free:
-                    _check_no_cache(self.pipeline)
                     self._originals = stateful_parts(self.pipeline)
                     self.pipeline = copied_pipeline(self.pipeline, self.copies)
-                parts = _changing_parts(self.pipeline)
+                parts = stateful_parts(self.pipeline)
                 self.thread = current_thread()
                 used |= dict.fromkeys(map(id, parts), self)
                 _in_use.update(used)
@@ -64,30 +72,50 @@ class PipelineOfRun:
                     changes.callback(ChangedMethod(owner, name, change).remove)
                 yield MethodType(_unchanged(type(self.pipeline).__call__), self.pipeline)
         except BaseException:
-            self.conversions.undo()
+            _conversions.end(self, is_early=True)
             raise
         finally:
+            _conversions.end(self, is_early=False)
             for number in used:
                 _in_use.pop(number, None)
 
+    def _check_modules(self) -> None:
+        """Raise InputError if this call and another one in progress use the same module, and one of them changes it."""
+        for pipeline, arguments, is_here in _calls_in_progress():
+            changed = [*_changed_in_use(pipeline, arguments, self.pipeline)]
+            if self.can_wait or not is_here:
+                changed += _changed_in_use(self.pipeline, self.arguments, pipeline)
+            for one in changed:
+                raise InputError(
+                    f"{type(self.pipeline).__name__} cannot be called while another call is in progress, because one "
+                    f"of the two {one.change}. Make one call after the other{one.advice}"
+                )
 
-def _changing_parts(pipeline: DiffusionPipeline) -> list[Any]:
-    """Return a pipeline and everything in it that changes in a call: what a copy has of its own, and the components
-    with a cache, which a copy shares."""
-    parts = stateful_parts(pipeline)
-    return parts + [part for held in filter(is_pipeline, parts) for part in cached_parts(held).values()]
+
+def _changed_in_use(
+    pipeline: DiffusionPipeline, arguments: Mapping[str, Any], other: DiffusionPipeline
+) -> Iterator[ChangedModule]:
+    """Yield the modules that a call of a pipeline changes and that another pipeline uses too."""
+    used = {id(part) for held in _with_held(other) for part in components(held).values()}
+    changed = (one for held in _with_held(pipeline) for one in changed_modules(held, arguments))
+    return (one for one in changed if id(one.module) in used)
 
 
-def _check_no_cache(pipeline: DiffusionPipeline) -> None:
-    """Raise InputError if a component has a cache, which holds the values of a single call."""
-    for held in filter(is_pipeline, stateful_parts(pipeline)):
-        for name, part in cached_parts(held).items():
-            is_enabled = getattr(part, "is_cache_enabled", False)  # not if `apply_...` of diffusers has put it on
-            or_else = f", or turn the cache off with {name}.disable_cache()" if is_enabled else ""
-            raise InputError(
-                f"{type(held).__name__} cannot be called while another call is in progress, because the cache of its "
-                f"{name} holds the values of one call. Make one call after the other{or_else}"
-            )
+def _calls_in_progress() -> Iterator[tuple[DiffusionPipeline, Mapping[str, Any], bool]]:
+    """Yield the pipelines that are being called in runs or by the user, the arguments of the calls, and whether they
+    are made in this thread."""
+    runs = {run for run in _in_use.values() if run.thread.is_alive()}
+    yield from ((run.pipeline, run.arguments, run.thread is current_thread()) for run in runs)
+    here = [*_calls(_frames())]
+    for frame in _calls(_all_frames()):
+        pipeline = frame.f_locals["self"]
+        if _user_of(pipeline) is None:
+            yield pipeline, frame.f_locals | frame.f_locals.get("kwargs", {}), frame in here
+
+
+def _with_held(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+    """Yield a pipeline and the pipelines in it."""
+    return filter(is_pipeline, stateful_parts(pipeline))
 
 
 def _user_of(part: Any) -> PipelineOfRun | None:
@@ -98,21 +126,30 @@ def _user_of(part: Any) -> PipelineOfRun | None:
 
 
 def _is_used(pipeline: DiffusionPipeline) -> bool:
-    return any(_user_of(part) is not None for part in _changing_parts(pipeline))
+    return any(_user_of(part) is not None for part in stateful_parts(pipeline))
 
 
 def _is_running(pipeline: DiffusionPipeline) -> bool:
     """Whether a call that the user made of the pipeline, or of one that shares a part with it, is in progress: here,
     with this code in its callback, or in another thread."""
-    frames = [frame for innermost in sys._current_frames().values() for frame in _outwards(innermost)]
-    parts = {id(part) for called in _called([*_frames(), *frames]) for part in _changing_parts(called)}
-    return not parts.isdisjoint(map(id, _changing_parts(pipeline)))
+    parts = {id(part) for called in _called(_all_frames()) for part in stateful_parts(called)}
+    return not parts.isdisjoint(map(id, stateful_parts(pipeline)))
 
 
 def _called(frames: Iterable[FrameType]) -> Iterator[DiffusionPipeline]:
     """Yield the pipelines whose calls are among the frames."""
-    callers = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_name == "__call__")
-    return filter(is_pipeline, callers)
+    return (frame.f_locals["self"] for frame in _calls(frames))
+
+
+def _calls(frames: Iterable[FrameType]) -> Iterator[FrameType]:
+    """Yield those of the frames that are calls of pipelines."""
+    named = (frame for frame in frames if frame.f_code.co_name == "__call__")
+    return (frame for frame in named if is_pipeline(frame.f_locals.get("self")))
+
+
+def _all_frames() -> list[FrameType]:
+    """Return the frames that lead here, and those of all threads."""
+    return [*_frames(), *(frame for innermost in sys._current_frames().values() for frame in _outwards(innermost))]
 
 
 def _frames() -> Iterator[FrameType]:
@@ -136,8 +173,10 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 def _changes(parts: list[Any]) -> Iterator[tuple[Any, str, Callable]]:
     """Yield the methods to change: their classes or objects, their names, and how to change them."""
-    for vae in {vae for held in filter(is_pipeline, parts) for vae in upcast_parts(held).values()}:
-        yield vae, "to", partial(_noting_conversions, vae)
+    vaes = {vae for held in filter(is_pipeline, parts) for vae in upcast_parts(held).values()}
+    yield from ((vae, "to", partial(_converting, vae)) for vae in vaes)
+    if vaes:
+        yield ModelMixin, "dtype", _seen_by_each_run
     for part in parts:
         name, change = ("__call__", _calling_a_copy) if is_pipeline(part) else ("set_timesteps", _of_one_pipeline)
         cls = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
@@ -154,7 +193,7 @@ def _calling_a_copy(method: Callable[..., Any]) -> Callable[..., Any]:
         is_super = type(pipeline).__call__ is not call
         if is_super or not _is_used(pipeline) or _is_inner(pipeline):
             return method(pipeline, *args, **kwargs)
-        with PipelineOfRun(pipeline).in_use() as free:
+        with PipelineOfRun(pipeline, kwargs).in_use() as free:
             return free(*args, **kwargs)
 
     call.unchanged = method
@@ -173,16 +212,32 @@ def _unchanged(method: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(method, "unchanged", method)
 
 
-def _noting_conversions(vae: nn.Module, to: Callable[..., Any]) -> Callable[..., Any]:
+def _converting(vae: nn.Module, to: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method `to` that notes what the pipeline of a run converts. The user may convert a VAE for good."""
 
     @functools.wraps(to)
     def convert(*args: Any, **kwargs: Any) -> Any:
-        pipeline = next(_called(_frames()), None)
-        run = None if pipeline is None else _user_of(pipeline)
-        return to(*args, **kwargs) if run is None else run.conversions.convert(vae, to, args, kwargs)
+        run = _calling_run()
+        return to(*args, **kwargs) if run is None else _conversions.convert(vae, to, args, kwargs, run)
 
     return convert
+
+
+def _seen_by_each_run(dtype: property) -> property:
+    """Return a property `dtype` that does not show a run what only others have converted."""
+
+    def seen(module: nn.Module) -> torch.dtype:
+        run = _calling_run() if module in _conversions else None
+        is_of_others = run is not None and not _conversions.is_converted_by(module, run)
+        return _conversions.dtype_before(module) if is_of_others else dtype.fget(module)
+
+    return property(seen, doc=dtype.__doc__)
+
+
+def _calling_run() -> PipelineOfRun | None:
+    """Return the run whose pipeline has called this."""
+    pipeline = next(_called(_frames()), None)
+    return None if pipeline is None else _user_of(pipeline)
 
 
 @functools.lru_cache(maxsize=64)  # so that classes made in functions do not stay for good

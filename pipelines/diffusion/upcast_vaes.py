@@ -1,10 +1,12 @@
 """VAEs that a pipeline converts to float32 while it decodes or encodes, because they overflow in float16.
 
 diffusers does so if `vae.config.force_upcast` is set, as it is for Stable Diffusion XL, and converts them back
-afterwards.
+afterwards. If several calls are in progress, a VAE stays in float32 until the last of them converts it back, and each
+call sees the type that it has itself converted the VAE to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +21,57 @@ def upcast_parts(pipeline: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in parts if getattr(getattr(part, "config", None), "force_upcast", False)}
 
 
+@dataclass
+class _Conversion:
+    before: torch.dtype
+    calls: set[Hashable]  # those that have converted the module, and not converted it back
+
+
 class Conversions:
-    """The modules that a call has converted and not converted back."""
+    """The modules that calls have converted and not converted back."""
 
     def __init__(self) -> None:
-        self._before: dict[nn.Module, torch.dtype] = {}
+        self._of: dict[nn.Module, _Conversion] = {}
 
     def __contains__(self, module: nn.Module) -> bool:
-        return module in self._before
+        return module in self._of
 
-    def convert(self, module: nn.Module, to: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Convert a module: return `to(*args, **kwargs)`."""
-        before = self._before.setdefault(module, module.dtype)
-        converted = to(*args, **kwargs)
-        if module.dtype == before:
-            del self._before[module]
-        return converted
+    def dtype_before(self, module: nn.Module) -> torch.dtype:
+        """Return the type that a module in this collection had before it was converted."""
+        return self._of[module].before
 
-    def undo(self) -> None:
-        """Convert all modules back."""
-        while self._before:
-            module, dtype = self._before.popitem()
-            module.to(dtype)
+    def is_converted_by(self, module: nn.Module, call: Hashable) -> bool:
+        """Return whether a module was converted by a call, and not only by others."""
+        return module in self._of and call in self._of[module].calls
+
+    def convert(self, module: nn.Module, to: Callable[..., Any], args: tuple, kwargs: dict, call: Hashable) -> Any:
+        """Convert a module for a call: return `to(*args, **kwargs)`."""
+        now, found = _dtype(module), self._of.get(module)
+        asked = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), now)
+        if found is None:
+            if asked != now:
+                self._of[module] = _Conversion(now, {call})
+            return to(*args, **kwargs)
+        if asked == found.before:
+            return module if self._is_held_after(module, call) else to(*args, **kwargs)
+        found.calls.add(call)
+        return to(*args, **kwargs)
+
+    def end(self, call: Hashable, is_early: bool) -> None:
+        """Forget a call that has ended. If it has ended early, convert back what only this call has converted."""
+        for module in [module for module, found in [*self._of.items()] if call in found.calls]:
+            before = self._of[module].before
+            if not self._is_held_after(module, call) and is_early:
+                module.to(before)
+
+    def _is_held_after(self, module: nn.Module, call: Hashable) -> bool:
+        """Forget that a call has converted a module, and return whether others have."""
+        calls = self._of[module].calls
+        calls.discard(call)
+        if not calls:
+            del self._of[module]
+        return bool(calls)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

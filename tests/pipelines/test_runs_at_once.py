@@ -3,11 +3,13 @@
 from threading import Event, Thread
 
 import diffusers
+import peft
 import pytest
 import torch
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
+from helpers import SEED, draw
 from models import diffusion
 
 CALL = {"prompt": "a red circle above a blue square", "num_inference_steps": 5, "output_type": "pt"}
@@ -203,6 +205,71 @@ def test_runs_in_the_callback_of_a_call_of_the_pipeline(pipe):
 
     assert torch.equal(bare(pipe, callback_on_step_end=callback), want)
     assert len(inner) == 2 and all(torch.equal(images, other) for images in inner)
+
+
+@pytest.mark.parametrize("scales", [(0.3, 0.9), (0.3, None), (None, 0.3)])
+def test_runs_with_a_lora_that_one_of_them_scales(pipe, scales):
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    calls = [{} if scale is None else {"cross_attention_kwargs": {"scale": scale}} for scale in scales]
+    want, other = (bare(pipe, **call) for call in calls)
+    model = DiffusionModel(pipe)
+    with model.generate(**CALL, **calls[0], seed=0) as x:
+        x.unet.mid_block.output
+        refusal = r"one of the two changes the scale of the LoRA in the unet\. .* pipeline\.set_adapters"
+        with pytest.raises(InputError, match=refusal):
+            model.generate(**CALL, **calls[1], seed=0).unet.mid_block.output
+    assert torch.equal(x.images, want)
+    assert torch.equal(model.generate(**CALL, **calls[1], seed=0).images, other)
+
+
+def test_runs_with_a_lora_that_none_of_them_scales(pipe):
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    want, model, call = bare(pipe), DiffusionModel(pipe), {"cross_attention_kwargs": {"scale": 1.0}}
+    with model.generate(**CALL, **call, seed=0) as x, model.generate(**CALL, seed=0) as y:
+        for _ in zip(x.steps, y.steps):
+            y.unet.mid_block.output = x.unet.mid_block.output
+    assert torch.equal(x.images, want)
+    assert torch.equal(y.images, want)
+
+
+@pytest.mark.parametrize("scales", [(3.0, 0.0), (0.0, 3.0), (0.0, 0.0)])
+def test_runs_with_perturbed_attention_guidance(pipe, scales):
+    pag = diffusers.StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False)
+    pag.set_progress_bar_config(disable=True)
+    want, other = (bare(pag, pag_scale=scale) for scale in scales)
+    model, own = DiffusionModel(pag), pag.unet.attn_processors
+    with model.generate(**CALL, pag_scale=scales[0], seed=0) as x:
+        x.unet.mid_block.output
+        run = model.generate(**CALL, pag_scale=scales[1], seed=0)
+        if any(scales):
+            with pytest.raises(InputError, match="one of the two sets the attention processors of the unet"):
+                run.unet.mid_block.output
+        else:
+            assert torch.equal(run.images, other)
+    assert torch.equal(x.images, want)
+    assert pag.unet.attn_processors == own
+
+
+def test_runs_that_convert_their_vae_to_float32():
+    kind = diffusion.PIPELINES["stable_diffusion_xl"]
+    pipe, call = kind.build().to(torch.float16), kind.inputs() | {"output_type": "pt"}
+    pipe.vae.register_to_config(force_upcast=True)
+    want, model, dtype = draw(pipe, call), DiffusionModel(pipe), diffusers.ModelMixin.dtype
+    with model.generate(**call, seed=SEED) as x, model.generate(**call, seed=SEED) as y:
+        for _ in zip(x.steps, y.steps):
+            y.unet.mid_block.output = x.unet.mid_block.output
+        assert torch.equal(x.vae.decoder.mid_block.output, y.vae.decoder.mid_block.output)
+        assert torch.equal(draw(pipe, call), want)
+        x.finish()
+        assert pipe.vae.dtype == torch.float32  # y is still inside it
+        with model.generate(**call, seed=SEED) as z:
+            z.vae.decoder.mid_block.output
+            z.stop()
+    assert torch.equal(x.images, want)
+    assert torch.equal(y.images, want)
+    assert pipe.vae.dtype == torch.float16
+    assert torch.equal(draw(pipe, call), want)
+    assert diffusers.ModelMixin.dtype is dtype and "to" not in vars(pipe.vae)
 
 
 def test_another_pipeline_must_not_change_the_scheduler_of_a_run(pipe):
