@@ -44,7 +44,7 @@ from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.encoding import images_beside_prompt
 from diffsight.pipelines.diffusion.guider_hooks import guider_hooks_removed
-from diffsight.pipelines.diffusion.image_seeds import images_kept_apart
+from diffsight.pipelines.diffusion.image_seeds import images_kept_apart, noise_of_schedulers_seeded
 from diffsight.pipelines.diffusion.input_counts import PER_INPUT, check_labels, count_images_each, count_inputs
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.lora_scales import lora_scales_restored
@@ -218,6 +218,8 @@ class DiffusionModel(HasEncoders, Model):
                     given["generator"] = made = generators(seeds)
                     if len(seeds) > 1:
                         changes.enter_context(images_kept_apart(pipeline, made))
+                    of_images = made if len(seeds) > 1 else [made]
+                    changes.enter_context(noise_of_schedulers_seeded(pipeline, of_images))
                     changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))
                 if not grad:
                     return method(*args, **given)

@@ -1,15 +1,18 @@
 """Seeds: each image of a batch is the image of a run of its own."""
 
+from functools import partial
+
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.input_counts import count_images_each, count_inputs
 from diffsight.pipelines.seeds import generators, have_drawn_alike
-from helpers import SEED, draw, drawn
+from helpers import SEED, draw, drawn, not_called, patched
 from models import denoisers, diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
@@ -49,6 +52,53 @@ def test_several_images_of_each_prompt(sd):
     for i, image in enumerate(images):
         want = draw(sd, {**SD(), "prompt": prompts[i // 2]}, seed=5 + i)[0]
         assert torch.allclose(image, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "settings"),
+    [
+        ("flux", diffusers.FlowMatchLCMScheduler, {}),
+        ("flux", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "use_flow_sigmas": True}),
+        ("stable_diffusion_3", diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    ],
+)
+def test_noise_for_which_the_pipeline_passes_no_generator(kind, scheduler, settings):
+    """It is drawn as if the pipeline did."""
+    kind = diffusion.PIPELINES[kind]
+    pipe, inputs = kind.build(), {**kind.inputs(), "num_inference_steps": 3}
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, prediction_type="flow_prediction", **settings)
+    images = DiffusionModel(pipe).generate(**inputs, num_images_per_prompt=2, seed=5).images
+    for image, seed in zip(images, (5, 6), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        with patched(pipe.scheduler, "step", partial(step_with, generator)):
+            want = pipe(**inputs, generator=generator)[0]
+        assert torch.equal(DiffusionModel(pipe).generate(**inputs, seed=seed).images, want)
+        assert torch.allclose(image, want[0], atol=1e-4)
+
+
+def step_with(generator, step, *args, **kwargs):
+    return step(*args, **kwargs, generator=generator)
+
+
+class OneByOne(diffusers.DDPMPipeline):
+    """Steps each image by itself."""
+
+    @torch.no_grad()
+    def __call__(self, generator, batch_size=1):
+        self.scheduler.set_timesteps(2)
+        sample = randn_tensor((batch_size, 3, diffusion.SIDE, diffusion.SIDE), generator)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            steps = [self.scheduler.step(one, timestep, one).prev_sample for one in sample.split(1)]
+            sample = self.unet(torch.cat(steps), timestep).sample
+        return diffusers.ImagePipelineOutput(images=sample)
+
+
+def test_noise_that_is_not_that_of_one_image_for_each_seed():
+    pipe = OneByOne(diffusion.ddpm().unet, diffusers.DDPMScheduler())
+    told = "OneByOne cannot draw from 2 seeds in this call: its scheduler draws noise for 1 of them"
+    with not_called(pipe.unet), pytest.raises(InputError, match=told):
+        DiffusionModel(pipe).generate(batch_size=2, seed=5).finish()
+    DiffusionModel(pipe).generate(seed=5).finish()
 
 
 def test_several_videos_of_a_prompt():
