@@ -15,7 +15,6 @@ run.text
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -65,6 +64,7 @@ from diffsight.pipelines.language.value_parts import Logits, NextLogits
 from diffsight.pipelines.loading_arguments import UNTRUSTED
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
+from diffsight.pipelines.unread_runs import warn_if_unread
 from diffsight.remote import ServedModel, is_on_server, put_on_server
 
 _OF_PEFT = "special_peft_forward_args"  # on a model of PEFT: the arguments that it takes out of `**kwargs`
@@ -92,7 +92,6 @@ class LanguageRun(GenerationRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
-    _streamer: Any = None  # the streamer passed to `generate`, if any
     _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
     _chunk: int | None = None  # how many tokens of the prompt a forward pass reads at most, if it was set
 
@@ -186,17 +185,6 @@ class LanguageRun(GenerationRun):
         if self._generated.choices:
             return self._generated.choices[0].start
         return 0 if self.tokens is None else self.tokens.shape[-1]
-
-    def __del__(self) -> None:
-        if self._streamer is not None and not flow_of(self).has_begun and flow_of(self).outcome is None:
-            warnings.warn(
-                "a run with a streamer was dropped before anything ran, because nothing asked for a value: call "
-                "model.generate(..., streamer=streamer).finish()",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            self._streamer.end()  # otherwise whoever reads it waits forever
-        super().__del__()
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
@@ -355,7 +343,7 @@ class LanguageModel(Accessors, Model):
         exits_early = setting(self._owner, given, "assistant_early_exit") is not None
         run = self._run_of(encoded, lambda: function(**given), sizes, grad, exits_early)
         set_generated(run, generated, self._target)
-        run._streamer = kwargs.get("streamer")
+        warn_if_unread(run, kwargs)
         run._chunk = setting(self._owner, given, "prefill_chunk_size")
         if is_usual and "custom_generate" not in kwargs:
             most = setting(self._owner, given, "max_new_tokens")
