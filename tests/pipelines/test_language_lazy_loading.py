@@ -62,7 +62,7 @@ def test_looking_needs_no_weights(model, loads, look):
 
 
 def test_bad_input_is_refused_before_weights_are_read(model, loads):
-    for wrong in ("", [], "a red " * 40, [PROMPT, [3, 4]]):
+    for wrong in ([], "a red " * 40, [PROMPT, [3, 4]]):
         with pytest.raises(InputError):
             model.trace(wrong)
         with pytest.raises(InputError):
