@@ -16,17 +16,17 @@ from torch import nn
 from diffsight.compat.iterations import Iterations
 from diffsight.compat.layer_tuples import LayerOutput, gives_tuple
 from diffsight.compat.old_names import old_name
-from diffsight.compat.tracer import end_visits, iterations_of, move_to_next, note_read, repeat_all
+from diffsight.compat.tracer import iterations_of, move_to_next, repeat_all
 from diffsight.engine.innermost_run import current_edit
-from diffsight.errors import DiffsightError, OutOfOrderError
+from diffsight.envoy import Calls
+from diffsight.errors import DiffsightError
 from diffsight.extending import (
     FORWARD,
     Envoy,
     Model,
+    Points,
     Run,
     Target,
-    assign,
-    fetch,
     join,
     open_run,
     owner_of,
@@ -38,7 +38,42 @@ TAKEN = ("output", "input", "inputs", "source", "iter")  # module names that are
 _MOVED = "E_"
 
 
-class CompatEnvoy(Envoy):
+class CompatPoints(Points):
+    """The values of one call. The output of a layer is a tuple, see `layer_tuples`."""
+
+    def next(self) -> "CompatPoints":
+        """Return the call after this one."""
+        return _with_tuples(super().next())
+
+    def skip(self, value: Any) -> None:
+        """Skip the call: the model continues with `value` as the module's output."""
+        super().skip(self._without_tuple(value))
+
+    def _fetch(self, part: str) -> Any:
+        value = super()._fetch(part)
+        return self._as_tuple(value) if part == "output" else value
+
+    def _assign(self, part: str, value: Any) -> None:
+        super()._assign(part, self._without_tuple(value) if part == "output" else value)
+
+    def _as_tuple(self, value: Any) -> Any:
+        return LayerOutput((value,)) if isinstance(value, torch.Tensor) and self._gives_tuple() else value
+
+    def _without_tuple(self, value: Any) -> Any:
+        return value[0] if isinstance(value, tuple) and len(value) == 1 and self._gives_tuple() else value
+
+    def _gives_tuple(self) -> bool:
+        return gives_tuple(self._tree, self._target.owner)
+
+
+class CompatCalls(Calls):
+    """The calls of a module in the current scope, by number."""
+
+    def __getitem__(self, index: int) -> CompatPoints:
+        return _with_tuples(super().__getitem__(index))
+
+
+class CompatEnvoy(CompatPoints, Envoy):
     """An envoy with nnsight's names. `Envoy(module)` wraps a module, as `NNsight(module)` does."""
 
     def __new__(cls, first: Any = None, *args: Any, **kwargs: Any) -> "CompatEnvoy":
@@ -49,6 +84,11 @@ class CompatEnvoy(Envoy):
         if current_edit() is not None and any(self._owner is module for module in self._tree.attached.ever):
             kwargs.setdefault("hook", True)
         return self._as_tuple(super().__call__(*args, **kwargs))
+
+    @property
+    def calls(self) -> CompatCalls:
+        """Every call of the scope, by number."""
+        return CompatCalls(self)
 
     # ---- runs
 
@@ -199,51 +239,11 @@ class CompatEnvoy(Envoy):
     def _bound(self, run: Run, part: Any = None) -> Any:
         return _converted(super()._bound(run, part), self._family)
 
-    # ---- values
 
-    def _fetch(self, part: str) -> Any:
-        points, run = self._visited(part), self._run_at(part)
-        try:
-            value = super()._fetch(part) if points is self else fetch(points, part)
-        except OutOfOrderError as error:
-            if run.__dict__.get("_visit") is not None:
-                end_visits(run, error)
-            raise
-        note_read(run, value)
-        return self._as_tuple(value) if part == "output" else value
-
-    def _assign(self, part: str, value: Any) -> None:
-        if part == "output" and isinstance(value, tuple) and len(value) == 1 and self._gives_tuple():
-            value = value[0]
-        points = self._visited(part)
-        if self._run_at(part).__dict__.get("_visit") is not None:
-            self._fetch(part)  # run the model to this call now, so that the loop cannot run ahead of it
-        super()._assign(part, value) if points is self else assign(points, part, value)
-
-    def skip(self, value: Any) -> None:
-        """Skip the call: the model continues with `value` as the module's output."""
-        value = value[0] if isinstance(value, tuple) and len(value) == 1 and self._gives_tuple() else value
-        points = self._visited("skip")
-        if self._run_at("skip").__dict__.get("_visit") is not None:
-            self._fetch("input")  # as for an assignment
-        super().skip(value) if points is self else points.skip(value)
-
-    def _run_at(self, part: str) -> Run:
-        return run_meant_by(self, part)
-
-    def _visited(self, part: str) -> Any:
-        """The points of the call that a loop over `tracer.iter` has reached in a run of one pass."""
-        run = self._run_at(part)
-        visit = run.__dict__.get("_visit", 0)
-        if visit is not None:
-            run.__dict__["_asks"] = True
-        return self.calls[visit] if visit else self
-
-    def _as_tuple(self, value: Any) -> Any:
-        return LayerOutput((value,)) if isinstance(value, torch.Tensor) and self._gives_tuple() else value
-
-    def _gives_tuple(self) -> bool:
-        return self._part is None and gives_tuple(self._tree, self._owner)
+def _with_tuples(points: Points) -> CompatPoints:
+    """Turn the points of one of a module's calls into those of nnsight."""
+    set_class(points, CompatPoints)
+    return points
 
 
 def _converted(envoy: Any, family: dict[str, Any]) -> Any:

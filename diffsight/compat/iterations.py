@@ -4,10 +4,12 @@ A run of one pass has one step. Each turn of the loop then stands for one call o
 `layer.output` is the output of the layer's second call.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 
 from diffsight.compat.repeated_blocks import OWN_STEPS, BlockOfInvokes, Loop, StepsBlock
+from diffsight.compat.tracer_flow import TracerFlow, Turn
+from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_to_point import Flow
 from diffsight.errors import InputError
 from diffsight.steps import Steps
@@ -88,10 +90,20 @@ def steps_in(steps: Steps, flow: Flow, chosen: slice) -> Iterator[int]:
             )
 
 
-def warn_of_end(turn: int, error: Exception) -> None:
-    """Warn that a loop asked for more calls than the model made."""
-    warnings.warn(
-        f"turn {turn} of tracer.iter was never reached: {error}. What was read before stays valid; the rest of the "
-        "block was left out",
-        stacklevel=2,
-    )
+_MOST_IDLE_TURNS = 10_000  # in a row: in `for step in tracer.iter[:]: if step == 0: ...`, later turns do nothing
+
+
+def calls_in(flow: TracerFlow, chosen: slice) -> Iterator[int]:
+    """Count the calls of modules in a run of one pass. If the slice has no end, stop when the model has ended or the
+    loop no longer asks for anything."""
+    edit, idle = current_edit(), 0
+    before, start, step = flow.turns.get(edit), chosen.start or 0, chosen.step or 1
+    try:
+        for number in count(start, step) if chosen.stop is None else range(start, chosen.stop, step):
+            if chosen.stop is None and (flow.outcome is not None or idle == _MOST_IDLE_TURNS):
+                return
+            turn = flow.turns[edit] = Turn(number)
+            yield number
+            idle = 0 if turn.asks else idle + 1
+    finally:
+        flow.turns[edit] = before

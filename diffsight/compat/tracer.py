@@ -1,25 +1,24 @@
 """`with model.trace(x) as tracer:`: a run with the methods of nnsight's tracer."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
-from itertools import count
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from diffsight.compat.activation_cache import ActivationCache, cache_of
 from diffsight.compat.block_stopped import BlockStopped
 from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
-from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, IterationsOfInvokes, steps_in, warn_of_end
+from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, IterationsOfInvokes, calls_in, steps_in
 from diffsight.compat.joined_inputs import joined_inputs
 from diffsight.compat.later_gradients import reading_gradients
 from diffsight.compat.repeated_blocks import OWN_STEPS, RepeatedBlock, rest_of_block
 from diffsight.compat.sessions import join_sessions
+from diffsight.compat.tracer_flow import InvokeNotes, to_tracer_flow
 from diffsight.engine.capture import advising
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_end import STOPPED
@@ -34,17 +33,11 @@ class Tracer(TracerFunctions, Run):
     _has_input = False  # False where the inputs come from `invoke`
     _first_inputs: Sequence[tuple] = ()  # the arguments of the model's first call, once it has begun
     _rest: Callable[[], RepeatedBlock] | None = None  # the statements after `layers.all()` in the block
-    _visit: int | None = None  # in a loop over `tracer.iter` in a run of one pass: the number of the call
-    _asks = False  # whether the current turn of such a loop has asked for anything
     _invoked_with: Sequence[tuple] = ()  # the inputs of its invokes
-    _is_invoke = False
-    _is_of_all = False  # whether it is an invoke without input, which has the inputs of all earlier invokes
-    _changed = ""  # where the block has changed a value, if anywhere
-    _reads_unseen = False  # whether it has read values whose changes in place cannot be detected
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._read: list[tuple[torch.Tensor, int]] = []  # tensors that an invoke has read, and their versions
+        to_tracer_flow(self._flow)
         join_sessions(self)
 
     @property
@@ -107,14 +100,13 @@ class Tracer(TracerFunctions, Run):
         is_of_all = not args and not kwargs
         if is_of_all:
             args = (self._joined_inputs(),)
-        elif any(tracer._is_of_all for tracer in self._invoked):
+        elif any(notes.is_of_all for notes in self._notes_of_invokes()):
             raise InputError(
                 "an invoke() without an input has the inputs of all invokes, but this one comes after it and would be "
                 "missing there: write the invoke() without an input last"
             )
         tracer = super().invoke(*args, **kwargs)
-        tracer._is_invoke, tracer._is_of_all = True, is_of_all
-        watch_changes(tracer)
+        flow_of(tracer).notes = InvokeNotes(is_of_all)
         if not is_of_all:
             self._invoked_with = (*self._invoked_with, (args, kwargs))
         return describe_opening(tracer, self._generates, has_input=True)
@@ -126,26 +118,23 @@ class Tracer(TracerFunctions, Run):
                 "invoke() without an input uses the inputs of the invokes before it, but there is no invoke before it. "
                 "For the rows of one pass, use run.rows"
             )
-        for tracer in self._invoked:
-            tracer._find_changes()
-            if tracer._changed:
+        for notes in self._notes_of_invokes():
+            notes.find_changes()
+            if notes.changed:
                 raise InputError(
                     f"invoke() without an input runs all inputs again, but an invoke before it has changed "
-                    f"{tracer._changed}, and the new pass would not include that change: read what you need in that "
+                    f"{notes.changed}, and the new pass would not include that change: read what you need in that "
                     "invoke, or trace all inputs at once and use run.rows"
                 )
-        if torch.is_inference_mode_enabled() or any(tracer._reads_unseen for tracer in self._invoked):
+        if torch.is_inference_mode_enabled() or any(notes.reads_unseen for notes in self._notes_of_invokes()):
             raise InputError(
                 "invoke() without an input, and the invokes before it, can only read values. Under "
                 "torch.inference_mode() diffsight cannot tell whether a value was changed in place: use torch.no_grad()"
             )
         return joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer"))
 
-    def _find_changes(self) -> None:
-        """Note whether values that the block has read were changed in place."""
-        if any(tensor._version != version for tensor, version in self._read):
-            self._changed = self._changed or "a value in place"
-        self._read = []
+    def _notes_of_invokes(self) -> list[InvokeNotes]:
+        return [flow_of(tracer).notes for tracer in self._invoked]
 
     def cache(
         self,
@@ -201,11 +190,13 @@ class Tracer(TracerFunctions, Run):
             self._flow.close(STOPPED)
         elif error is None and self._rest is not None and self._flow.outcome is None:
             self._repeat_rest()
-        add_hint(error, trace, self._is_invoke)
+        notes = self._flow.notes
+        add_hint(error, trace, is_invoke=notes is not None)
         super().__exit__(kind, error, trace)
-        self._find_changes()
-        if error is None:
-            check_read_only(self)
+        if notes is not None:
+            notes.find_changes()
+            if error is None:
+                notes.check_read_only()
         return is_stopped
 
     def _keep_first_inputs(self) -> None:
@@ -235,8 +226,6 @@ class Tracer(TracerFunctions, Run):
         return self.invoker if flow_of(self.invoker).outcome is None else self
 
 
-_MOST_IDLE_TURNS = 10_000  # in a row: in `for step in tracer.iter[:]: if step == 0: ...`, later turns do nothing
-
 _entered: ContextVar[tuple[Tracer, ...]] = ContextVar("diffsight_entered", default=())
 
 
@@ -257,63 +246,7 @@ def iterations_of(tracer: Tracer) -> Iterations:
         return IterationsOfInvokes(lambda: iterations_of(tracer._current_pass()))
     if tracer._generates:
         return Iterations(partial(steps_in, tracer.steps, flow_of(tracer)))
-    return Iterations(partial(visits_in, tracer))
-
-
-def visits_in(tracer: Tracer, chosen: slice) -> Iterator[int]:
-    """Count the calls of modules in a run of one pass. If the slice has no end, stop when the model has ended or the
-    loop no longer asks for anything."""
-    before, flow = tracer._visit, flow_of(tracer)
-    start, idle = chosen.start or 0, 0
-    turns = range(start, chosen.stop, chosen.step or 1) if chosen.stop is not None else count(start, chosen.step or 1)
-    try:
-        for turn in turns:
-            if chosen.stop is None and (flow.outcome is not None or idle == _MOST_IDLE_TURNS):
-                return
-            tracer._visit, tracer._asks = turn, False
-            yield turn
-            idle = 0 if tracer._asks else idle + 1
-    finally:
-        tracer._visit = before
-
-
-def end_visits(tracer: Tracer, error: Exception) -> None:
-    """Leave the block with a warning if it asks for a call that the model does not make, as in nnsight."""
-    if flow_of(tracer).outcome is not None:
-        warn_of_end(tracer._visit, error)
-        raise BlockStopped from error
-
-
-def note_read(tracer: Any, value: Any) -> None:
-    """Note a value that an invoke reads, to find out later whether the invoke changed it in place."""
-    if isinstance(tracer, Tracer) and tracer._is_invoke:
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        tracer._read += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-        tracer._reads_unseen |= any(tensor.is_inference() for tensor in tensors)
-
-
-def watch_changes(tracer: Tracer) -> None:
-    """Note where the block of an invoke assigns values or skips modules, by whichever API."""
-    flow = flow_of(tracer)
-
-    def noting(method: Callable[[Asked, Any], None]) -> Callable[[Asked, Any], None]:
-        def call(asked: Asked, value: Any) -> None:
-            tracer._changed = asked.target.path
-            check_read_only(tracer)
-            method(asked, value)
-
-        return call
-
-    flow.assign, flow.skip = noting(flow.assign), noting(flow.skip)
-
-
-def check_read_only(tracer: Tracer) -> None:
-    """Raise InputError if an invoke without input has changed something."""
-    if tracer._is_of_all and tracer._changed:
-        raise InputError(
-            f"an invoke without input can only be read, but this one changes {tracer._changed}: the invokes before it "
-            "have ended. Trace all inputs at once to change all of them"
-        )
+    return Iterations(partial(calls_in, flow_of(tracer)))
 
 
 def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:

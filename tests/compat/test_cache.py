@@ -1,4 +1,4 @@
-"""`tracer.cache()`, and invokes without an input."""
+"""`tracer.cache()`."""
 
 import pytest
 import torch
@@ -76,56 +76,3 @@ def test_cache_of_several_calls():
         cache = tracer.cache()
     assert len(cache["model.block"]) == 3
     assert torch.equal(cache.block.output[2], net(x)) and torch.equal(cache.block.output[0], net.block(x))
-
-
-def test_invoke_of_all_inputs(llm, gpt2, ids, other):
-    with torch.no_grad(), llm.trace() as tracer:
-        with tracer.invoke(ids):
-            first = llm.transformer.h[1].output
-            inner = tracer.result
-        with tracer.invoke(other):
-            pass
-        with tracer.invoke():
-            both = llm.transformer.h[1].output
-    expected = outputs(gpt2.transformer.h[1], gpt2, torch.cat([ids, other]))[0]
-    assert torch.equal(both, expected) and torch.equal(first, outputs(gpt2.transformer.h[1], gpt2, ids)[0])
-    assert torch.equal(inner.logits, gpt2(ids).logits)  # that of the invoke, not a list of all
-    assert len(tracer.result) == 3
-
-
-@pytest.mark.parametrize("change", ["assigned", "in place", "skipped"])
-def test_invoke_of_all_inputs_after_a_change(llm, ids, change):
-    with torch.no_grad(), pytest.raises(InputError, match="an invoke before it has changed"), llm.trace() as tracer:
-        with tracer.invoke(ids):
-            layer = llm.transformer.h[0]
-            if change == "assigned":
-                layer.output = layer.output * 2
-            elif change == "skipped":
-                layer.skip(layer.input)
-            else:
-                layer.output[:] = 0
-        with tracer.invoke():
-            pass
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_invoke_of_all_inputs_in_inference_mode(llm, ids, inside):
-    """Changes in place cannot be seen there, neither in the invokes before it nor in its own block."""
-    with pytest.raises(InputError, match=r"use torch\.no_grad\(\)"), llm.trace() as tracer:
-        with torch.inference_mode(), tracer.invoke(ids):
-            if not inside:
-                llm.transformer.h[0].output[:] = 0
-        with torch.inference_mode(inside), tracer.invoke():
-            llm.transformer.h[0].output[:] = 0
-
-
-def test_invoke_of_all_inputs_is_read_only(llm, ids):
-    for in_place in (False, True):
-        with torch.no_grad(), pytest.raises(InputError, match="can only be read"), llm.trace() as tracer:
-            with tracer.invoke(ids):
-                pass
-            with tracer.invoke():
-                if in_place:
-                    llm.transformer.h[0].output[:] = 0
-                else:
-                    llm.transformer.h[0].output = llm.transformer.h[0].output * 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffsight.compat import NNsight
+from diffsight.compat import LanguageModel, NNsight
 from diffsight.errors import InputError
 
 
@@ -144,3 +144,33 @@ def test_open_loop_that_asks_for_nothing_more_ends(loop):
                 second = model.block.output
     by_hand = torch.stack([torch.zeros(1, 4), *loop(torch.zeros(1, 4))[:3]])
     assert torch.equal(second, by_hand[1]) and torch.equal(tracer.result, by_hand)
+
+
+def test_every_name_means_the_call_of_the_turn(gpt2, ids):
+    """Each layer is called once in a pass, so that turn 1 has no value of it, by whichever name."""
+    model, reached = LanguageModel(gpt2), []
+    for change in (
+        lambda: model.layers_output[1],
+        lambda: model.heads_output[1],
+        lambda: model.layers[1].mlp.calls[0].output,
+        lambda: setattr(model, "logits", torch.zeros(1, 3, 61)),
+        lambda: model.layers_output.__setitem__(1, torch.zeros(1, 3, 16)),
+        lambda: model.steer(1, torch.ones(16)),
+    ):
+        with (
+            torch.no_grad(),
+            pytest.warns(UserWarning, match="was never reached") as caught,
+            model.trace(ids) as tracer,
+        ):
+            for _ in tracer.iter[1:2]:
+                reached.append(change())
+        assert torch.equal(tracer.result.logits, gpt2(ids).logits) and caught[0].filename == __file__
+    assert reached == []
+
+
+def test_calls_are_counted_from_the_turn(loop):
+    model, expected = NNsight(loop), loop(X)
+    with model.trace(X) as tracer:
+        for _ in tracer.iter[1:2]:
+            own, following = model.block.calls[0].output, model.block.calls[2].output
+    assert torch.equal(own, expected[1]) and torch.equal(following, expected[3])

@@ -67,6 +67,22 @@ def test_adding_to_a_layer(model, net, ids):
     assert "hidden += x" in caught.value.__notes__[0]
 
 
+def test_calls_and_rows_of_a_layer(model, net, ids):
+    layers, batch = model.transformer.h, ids[EIFFEL].repeat(2, 1)
+    first, second, third = [outputs(layer, net, batch)[0] for layer in net.transformer.h[:3]]
+    with model.trace([EIFFEL, EIFFEL]) as tracer:
+        row = tracer.rows[1].transformer.h
+        values = layers[0].calls[0].output, layers[1].calls[0].output, row[2].output
+        row[3].output = (torch.zeros_like(row[3].output[0]),)
+        layers[4].calls[0].output = (torch.ones_like(layers[4].output[0]),)
+        after = layers[3].output[0], layers[4].output[0]
+    assert all(isinstance(value, tuple) and len(value) == 1 for value in values)
+    assert (
+        torch.equal(values[0][0], first) and torch.equal(values[1][0], second) and torch.equal(values[2][0], third[1:])
+    )
+    assert after[0][0].any() and not after[0][1].any() and after[1].eq(1).all()
+
+
 def test_a_layer_that_is_called(model, net, ids):
     with model.trace(EIFFEL):
         hidden = model.transformer.h[3].output[0]
