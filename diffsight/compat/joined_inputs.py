@@ -1,6 +1,7 @@
-"""The inputs of several invokes as one batch."""
+"""The inputs of several invokes as one batch, and the seeds of its images."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +23,21 @@ def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]], tokenize
     if tokenizer is not None and len({isinstance(row, str) for row in rows}) == 2:
         rows = [torch.tensor(tokenizer(row)["input_ids"]) if isinstance(row, str) else row for row in rows]
     return [row[None] if isinstance(row, torch.Tensor) else row for row in rows]
+
+
+def joined_seeds(invoked_with: Sequence[tuple[tuple, dict[str, Any]]], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the seeds of all images of several invokes, as an argument: each image has the seed that it had there.
+
+    Args:
+        invoked_with: The arguments of each invoke.
+        arguments: The arguments of all of them, such as `seed` and `num_images_per_prompt`.
+    """
+    seed = arguments.get("seed")
+    if seed is None:
+        return {}
+    each = import_module("diffsight.pipelines.diffusion.input_counts").count_images_each(arguments)
+    seeds_of_images = import_module("diffsight.pipelines.seeds").seeds_of_images
+    return {"seed": [one for invoked in invoked_with for one in seeds_of_images(seed, len(_rows(*invoked)) * each)]}
 
 
 def _rows(args: tuple, kwargs: Mapping[str, Any]) -> Sequence[Any]:

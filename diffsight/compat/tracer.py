@@ -8,22 +8,25 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from diffsight.compat.activation_cache import ActivationCache, cache_of
 from diffsight.compat.block_stopped import BlockStopped
 from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
+from diffsight.compat.invoke_notes import InvokeNotes, check_draws, check_draws_on_server
 from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, IterationsOfInvokes, calls_in, steps_in
-from diffsight.compat.joined_inputs import joined_inputs
+from diffsight.compat.joined_inputs import joined_inputs, joined_seeds
 from diffsight.compat.later_gradients import reading_gradients
 from diffsight.compat.repeated_blocks import OWN_STEPS, RepeatedBlock, rest_of_block
 from diffsight.compat.sessions import join_sessions
-from diffsight.compat.tracer_flow import InvokeNotes, to_tracer_flow
+from diffsight.compat.tracer_flow import to_tracer_flow
 from diffsight.engine.capture import advising
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_end import STOPPED
 from diffsight.errors import InputError
-from diffsight.extending import Asked, Run, Target, flow_of, target_of
+from diffsight.extending import Asked, Run, Target, flow_of, target_of, tree_of
+from diffsight.remote import is_on_server
 
 
 class Tracer(TracerFunctions, Run):
@@ -98,27 +101,36 @@ class Tracer(TracerFunctions, Run):
         """Open a forward pass with its own input; see `Run.invoke`. Without arguments, the pass has the inputs of all
         earlier invokes as one batch, and its values can only be read."""
         is_of_all = not args and not kwargs
+        before = [flow_of(tracer).notes for tracer in self._invoked]
         if is_of_all:
-            args = (self._joined_inputs(),)
-        elif any(notes.is_of_all for notes in self._notes_of_invokes()):
+            args, kwargs = self._joined_inputs(before)
+        elif any(notes.is_of_all for notes in before):
             raise InputError(
                 "an invoke() without an input has the inputs of all invokes, but this one comes after it and would be "
                 "missing there: write the invoke() without an input last"
             )
-        tracer = super().invoke(*args, **kwargs)
-        flow_of(tracer).notes = InvokeNotes(is_of_all)
-        if not is_of_all:
+        else:
             self._invoked_with = (*self._invoked_with, (args, kwargs))
+        found = tree_leaves((args, kwargs, self._of_each_pass()))
+        generators = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
+        tracer = super().invoke(*args, **kwargs)
+        flow_of(tracer).begin_notes(InvokeNotes(is_of_all, generators))
+        if is_of_all and before[0].began is not None:
+            flow_of(tracer).begin_in(before[0].began)
         return describe_opening(tracer, self._generates, has_input=True)
 
-    def _joined_inputs(self) -> Any:
-        """Return the inputs of all invokes as one batch."""
-        if not self._invoked_with:
+    def _of_each_pass(self) -> dict[str, Any]:
+        """Return the arguments of the run, which apply to each invoke."""
+        return getattr(self._again, "keywords", {})
+
+    def _joined_inputs(self, before: list[InvokeNotes]) -> tuple[tuple, dict[str, Any]]:
+        """Return the arguments of an invoke without input, which has the inputs of those before it as one batch."""
+        if not before:
             raise InputError(
                 "invoke() without an input uses the inputs of the invokes before it, but there is no invoke before it. "
                 "For the rows of one pass, use run.rows"
             )
-        for notes in self._notes_of_invokes():
+        for notes in before:
             notes.find_changes()
             if notes.changed:
                 raise InputError(
@@ -126,15 +138,17 @@ class Tracer(TracerFunctions, Run):
                     f"{notes.changed}, and the new pass would not include that change: read what you need in that "
                     "invoke, or trace all inputs at once and use run.rows"
                 )
-        if torch.is_inference_mode_enabled() or any(notes.reads_unseen for notes in self._notes_of_invokes()):
+        if torch.is_inference_mode_enabled() or any(notes.reads_unseen for notes in before):
             raise InputError(
                 "invoke() without an input, and the invokes before it, can only read values. Under "
                 "torch.inference_mode() diffsight cannot tell whether a value was changed in place: use torch.no_grad()"
             )
-        return joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer"))
-
-    def _notes_of_invokes(self) -> list[InvokeNotes]:
-        return [flow_of(tracer).notes for tracer in self._invoked]
+        arguments, seeds_images = self._of_each_pass(), tree_of(self).seeds_images
+        check_draws(before)
+        if self._generates and is_on_server(self._model):
+            check_draws_on_server(before, arguments, seeds_images)
+        seeds = joined_seeds(self._invoked_with, arguments) if seeds_images else {}
+        return (joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer")),), seeds
 
     def cache(
         self,

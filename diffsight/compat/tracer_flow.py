@@ -5,17 +5,17 @@ Here a turn of a loop over `tracer.iter` in a run of one pass becomes a call, an
 changes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-from torch.utils._pytree import tree_leaves
-
 from diffsight.compat.block_stopped import BlockStopped
+from diffsight.compat.invoke_notes import InvokeNotes, RandomState, starting_in
+from diffsight.engine.coroutine import InnerCall
 from diffsight.engine.innermost_run import current_edit
+from diffsight.engine.points import Point
 from diffsight.engine.run_to_point import Flow
-from diffsight.errors import InputError, OutOfOrderError, warn_user
+from diffsight.errors import OutOfOrderError, warn_user
 from diffsight.extending import Asked
 
 
@@ -32,60 +32,24 @@ class Turn:
     asks: bool = False
 
 
-@dataclass
-class InvokeNotes:
-    """What the block of an invoke has read and changed.
-
-    Attributes:
-        is_of_all: Whether it is an invoke without input, which has the inputs of all earlier invokes.
-        changed: Where the block has changed a value, if anywhere.
-        reads_unseen: Whether it has read values whose changes in place cannot be detected.
-        read: The tensors that it has read, and their versions.
-    """
-
-    is_of_all: bool
-    changed: str = ""
-    reads_unseen: bool = False
-    read: list[tuple[torch.Tensor, int]] = field(default_factory=list)
-
-    def note_read(self, value: Any) -> None:
-        """Note a value that the block reads, to find out later whether it was changed in place."""
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        self.read += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-        self.reads_unseen |= any(tensor.is_inference() for tensor in tensors)
-
-    def note_change(self, asked: Asked) -> None:
-        """Note a value that the block assigns, or a module that it skips.
-
-        Raises InputError if it can only read."""
-        self.changed = asked.target.path
-        self.check_read_only()
-
-    def find_changes(self) -> None:
-        """Note whether values that the block has read were changed in place."""
-        if any(tensor._version != version for tensor, version in self.read):
-            self.changed = self.changed or "a value in place"
-        self.read = []
-
-    def check_read_only(self) -> None:
-        """Raise InputError if an invoke without input has changed something."""
-        if self.is_of_all and self.changed:
-            raise InputError(
-                f"an invoke without input can only be read, but this one changes {self.changed}: the invokes before it "
-                "have ended. Trace all inputs at once to change all of them"
-            )
-
-
 class TracerFlow(Flow):
     """The flow of a tracer's run.
 
     Attributes:
         turns: The current turn of the block (None), and of each edit that is in such a loop.
-        notes: What the block has read and changed, if it is the block of an invoke.
+        notes: The notes of an invoke.
     """
 
     turns: dict[Any, Turn | None]
     notes: InvokeNotes | None
+
+    def begin_notes(self, notes: InvokeNotes) -> None:
+        """Note what an invoke does."""
+        self.notes, self.function = notes, notes.noting_draws(self.function)
+
+    def begin_in(self, state: RandomState) -> None:
+        """Run in a random state of its own, which begins as `state`."""
+        self.seed, self.function = 0, starting_in(state, self.function)
 
     def fetch(self, asked: Asked) -> Any:
         try:
@@ -102,6 +66,15 @@ class TracerFlow(Flow):
 
     def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         super().skip(self._changing(asked), value, where)
+
+    def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
+        if self.notes is None or self.seed is not None:
+            return super()._resume(call)
+        self.notes.model_goes_on()
+        try:
+            return super()._resume(call)
+        finally:
+            self.notes.model_waits()
 
     def _changing(self, asked: Asked) -> Asked:
         """Return a point that is about to be changed. In a turn, run the model to it, so that the loop cannot run ahead

@@ -34,6 +34,7 @@ class CompatModel(CompatEnvoy):
     _not_sent = ("trace", *_IGNORED)  # arguments that have no meaning for a server
     _no_jobs = _NO_JOBS
     _gives_tuples = False  # whether the output of a layer is a tuple, as code for transformers 4 expects
+    _seeds_images = False  # whether `seed` is the seed of the first image, and each image has its own
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -55,7 +56,7 @@ class CompatModel(CompatEnvoy):
         is_live = bool(args) and isinstance(args[0], (nn.Module, tuple))
         super().__init__(*args, **kwargs, **({} if is_live or device_map is None else {"device_map": device_map}))
         self._be_root()
-        self._tree.blocks_give_tuples = self._gives_tuples
+        self._tree.blocks_give_tuples, self._tree.seeds_images = self._gives_tuples, self._seeds_images
         self._warn_of_hidden_modules()
         if rename:
             self._tree.renames = Renames(self._tree, rename, dir(CompatEnvoy))
@@ -205,7 +206,7 @@ class DiffusionNames(CompatModel):
         automodel: The class of pipeline to load, or its name: `"StableDiffusionImg2ImgPipeline"`. It is loaded at once.
     """
 
-    _gives_tuples = True
+    _gives_tuples = _seeds_images = True
 
     def __init__(self, source: Any, *, automodel: Any = None, **kwargs: Any) -> None:
         if automodel is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffsight.compat import StandardizedTransformer
+from diffsight.compat import DiffusionModel, NNsight, StandardizedTransformer
 from diffsight.errors import InputError
 from helpers import outputs, replaced
 
@@ -118,3 +118,103 @@ def test_edits_are_in_every_invoke(llm, gpt2, ids, other):
     h = gpt2.transformer.h
     with torch.no_grad(), replaced(h[0], lambda out: out * 2), replaced(h[1], without_first):
         assert torch.equal(logits, gpt2(torch.cat([ids, other])).logits)
+
+
+SAMPLED = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True}
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_sampling_of_one_invoke_is_repeated(gpt2, ids, seed):
+    model = StandardizedTransformer(gpt2)
+    torch.manual_seed(0)
+    with model.generate(**SAMPLED, seed=seed) as tracer:
+        with tracer.invoke(ids):
+            logits = [model.logits for _ in tracer.iter[:]]
+            own = tracer.result
+        following = torch.random.get_rng_state()
+        with tracer.invoke():
+            torch.rand(3)
+            again = [model.logits for _ in tracer.iter[:]]
+            whole = tracer.result
+    torch.manual_seed(3 if seed else 0)
+    assert torch.equal(own, gpt2.generate(ids, **SAMPLED)) and torch.equal(own, whole)
+    assert all(map(torch.equal, logits, again))
+    torch.set_rng_state(following)
+    torch.rand(3)
+    expected = torch.rand(1)
+    torch.set_rng_state(following)
+    with model.trace() as tracer:  # the pass of an empty invoke leaves the random state of the program alone
+        with tracer.invoke(ids):
+            pass
+        with tracer.invoke():
+            torch.rand(3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_sampling_that_cannot_be_repeated(gpt2, ids, other):
+    model = StandardizedTransformer(gpt2)
+    with pytest.raises(InputError, match=r"has drawn random numbers .* pass do_sample=False"):
+        with model.generate(**SAMPLED) as tracer:
+            with tracer.invoke(ids):
+                pass
+            with tracer.invoke(other):
+                pass
+            tracer.invoke()
+    with pytest.raises(InputError, match="in its block as well as in the model"):
+        with model.generate(**SAMPLED) as tracer:
+            with tracer.invoke(ids):
+                for _ in tracer.iter[:]:
+                    model.logits + torch.randn(1)
+            tracer.invoke()
+
+
+def test_dropout_of_one_invoke_is_repeated(input):
+    net = torch.nn.Sequential(torch.nn.Linear(5, 20), torch.nn.Dropout(0.5)).requires_grad_(False)
+    model = NNsight(net)
+    torch.manual_seed(0)
+    with model.trace() as tracer:
+        with tracer.invoke(input):
+            own = model.output
+        with tracer.invoke():
+            whole = model.output
+    torch.manual_seed(0)
+    assert torch.equal(own, net(input)) and torch.equal(own, whole)
+
+
+def test_seeds_of_images(sd):
+    model, arguments = DiffusionModel(sd), {"num_inference_steps": 2, "output_type": "np"}
+    with model.generate(**arguments, seed=5, num_images_per_prompt=2) as tracer:
+        for prompt in ("a red circle", "a blue square"):
+            with tracer.invoke(prompt):
+                pass
+        with tracer.invoke():
+            pass
+    first, second, both = (result.images for result in tracer.result)
+    alone = sd("a red circle", **arguments, num_images_per_prompt=2, generator=_generators(5, 6)).images
+    assert torch.allclose(torch.tensor(first), torch.tensor(alone), atol=1e-5)
+    apart = torch.cat([torch.tensor(first), torch.tensor(second)])
+    assert torch.allclose(torch.tensor(both), apart, atol=1e-4) and not torch.allclose(apart[:2], apart[2:], atol=1e-2)
+
+
+def test_noise_of_images_without_a_seed(sd):
+    model, arguments = DiffusionModel(sd), {"num_inference_steps": 2, "output_type": "np"}
+    with model.generate(**arguments) as tracer:
+        with tracer.invoke("a red circle"):
+            own = model.unet.output[0]
+        with tracer.invoke():
+            whole = model.unet.output[0]
+    assert torch.equal(own, whole)
+    with pytest.raises(InputError, match="seed= to a diffusion model"), model.generate(**arguments) as tracer:
+        for prompt in ("a red circle", "a blue square"):
+            with tracer.invoke(prompt):
+                pass
+        tracer.invoke()
+    with pytest.raises(InputError, match="drawn from the generator that you passed"):
+        with model.generate(**arguments, generator=_generators(0)) as tracer:
+            with tracer.invoke("a red circle"):
+                pass
+            tracer.invoke()
+
+
+def _generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -23,6 +23,21 @@ def test_code_for_nnsight(address, language):
         assert "the block runs on this machine" in refusal(opens, remote=True, blocking=False)
 
 
+def test_invokes_without_an_input(address, language):
+    model, tokens = CompatLanguageModel("gpt2", remote=address), {"max_new_tokens": 2, "min_new_tokens": 2}
+    for arguments in ({"do_sample": False}, {"do_sample": True, "seed": 3}):
+        with model.generate(**tokens, **arguments) as tracer:
+            with tracer.invoke(IDS):
+                own = tracer.result
+            with tracer.invoke():
+                whole = tracer.result
+        assert torch.equal(own, whole) and torch.equal(own, language.generate(IDS, **tokens, **arguments).result)
+    with model.generate(**tokens, do_sample=True) as tracer:
+        with tracer.invoke(IDS):
+            pass
+        assert "pass do_sample=False" in refusal(tracer.invoke)
+
+
 def test_where_remote_is_not_understood(pipelines, language, address):
     assert "remote" in refusal(pipelines["diffsight/shapes-clip"].generate, "a red circle", remote=True)
     assert "remote" in refusal(language.trace, IDS, remote=True)
