@@ -1,7 +1,10 @@
 """Layers whose output code written for nnsight expects to be a tuple, as in transformers 4: `layer.output[0]`."""
 
-from typing import Any
+from collections.abc import Callable
+from numbers import Number
+from typing import Any, NoReturn
 
+import numpy
 import torch
 
 from diffsight.compat.config import CONFIG
@@ -10,12 +13,15 @@ from diffsight.extending import Tree
 
 
 class LayerOutput(tuple):
-    """The output of a layer as a tuple. Operations that only a tensor supports raise an error that names the switch."""
+    """The output of a layer as a tuple. What means something only for a tensor raises an error that names the switch,
+    as does what a tuple understands differently: `output * 2`, `output + output`, `output == 0`."""
 
     __slots__ = ()
+    __hash__ = tuple.__hash__
+    __array_ufunc__ = None  # so that `array * output` is left to the methods here
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, tuple):
+        if getattr(key, "ndim", 0) or not (isinstance(key, slice) or hasattr(key, "__index__")):
             raise InputError(f"{_IS_TUPLE} Write `.output[0][...]` for `.output[...]`, {_OR_SWITCH}")
         return super().__getitem__(key)
 
@@ -29,9 +35,39 @@ class LayerOutput(tuple):
             raise InputError(f"{_IS_TUPLE} Write `.output[0].{name}` for `.output.{name}`, {_OR_SWITCH}")
         raise AttributeError(f"'tuple' object has no attribute {name!r}")
 
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> NoReturn:
+        raise InputError(_WRITE_ITEM)
+
+
+def _of_tensors(name: str) -> Callable:
+    def method(own: LayerOutput, *others: Any) -> Any:
+        raise InputError(_WRITE_ITEM)
+
+    method.__name__ = name
+    return method
+
+
+def _of_tuples(name: str, plain: Callable) -> Callable:
+    def method(own: LayerOutput, other: Any) -> Any:
+        if isinstance(other, (LayerOutput, Number, torch.Tensor, numpy.ndarray)):
+            raise InputError(_WRITE_ITEM)
+        return plain(own, other)
+
+    method.__name__ = name
+    return method
+
+
+_ARITHMETIC = ("sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+for _name in (*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), "neg", "pos", "abs", "invert"):
+    setattr(LayerOutput, f"__{_name}__", _of_tensors(f"__{_name}__"))
+for _name in ("add", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(LayerOutput, f"__{_name}__", _of_tuples(f"__{_name}__", getattr(tuple, f"__{_name}__")))
+LayerOutput.__radd__ = _of_tuples("__radd__", lambda own, other: other + tuple(own))
 
 _IS_TUPLE = "the output of a layer is a tuple here, as in transformers 4."
 _OR_SWITCH = "or set CONFIG.APP.BLOCKS_GIVE_TUPLES = False for tensors"
+_WRITE_ITEM = f"{_IS_TUPLE} Write `.output[0]` for `.output`, {_OR_SWITCH}"
 
 
 def gives_tuple(tree: Tree, owner: Any) -> bool:

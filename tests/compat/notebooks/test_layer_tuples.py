@@ -1,5 +1,6 @@
 """The output of a layer of a language model is a tuple, as in transformers 4."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -88,6 +89,51 @@ def test_a_layer_that_is_called(model, net, ids):
         hidden = model.transformer.h[3].output[0]
         again = model.transformer.h[3](hidden)
     assert isinstance(again, tuple) and torch.equal(again[0], net.transformer.h[3](hidden))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda out: out * 2,
+        lambda out: 2 * out,
+        lambda out: np.float32(2) * out,
+        lambda out: np.ones(32) + out,
+        lambda out: out + out,
+        lambda out: out == 0,
+        lambda out: out != torch.zeros(32),
+        lambda out: out > 0,
+        lambda out: out + torch.ones(32),
+        lambda out: torch.ones(32) + out,
+        lambda out: out - torch.ones(32),
+        lambda out: out @ torch.ones(32),
+        lambda out: out / 2,
+        lambda out: -out,
+        abs,
+        lambda out: out[None],
+        lambda out: out[torch.tensor([True])],
+        lambda out: torch.stack([out, out]),
+        lambda out: torch.cat([out, out]),
+        torch.zeros_like,
+        torch.norm,
+        torch.nn.LayerNorm(32),
+        lambda out: torch.ones(1, 1, 32).mul_(out),
+    ],
+)
+def test_layer_used_as_a_tensor(model, use):
+    with pytest.raises(InputError, match=r"^the output of a layer is a tuple here.*BLOCKS_GIVE_TUPLES") as caught:
+        with model.trace(EIFFEL):
+            use(model.transformer.h[3].output)
+    assert "layout" not in str(caught.value)
+
+
+def test_layer_used_as_a_tuple(model):
+    with model.trace(EIFFEL):
+        out = model.transformer.h[3].output
+        hidden = out[0]
+    longer, longest = (*out, 1), (0, hidden, 1)
+    assert out + (1,) == longer and (0,) + out + (1,) == longest and (0, *out[:1], 1) == longest  # noqa: RUF005
+    assert out == (hidden,) and out != () and out != None and {out: 1}[(hidden,)] == 1  # noqa: E711
+    assert torch.equal(torch.cat(out), hidden) and torch.equal(torch.stack(out)[0], hidden) and hidden in out
 
 
 def test_option_to_turn_tuples_off(model, net, ids):
