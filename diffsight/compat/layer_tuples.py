@@ -35,9 +35,16 @@ class LayerOutput(tuple):
             raise InputError(f"{_IS_TUPLE} Write `.output[0].{name}` for `.output.{name}`, {_OR_SWITCH}")
         raise AttributeError(f"'tuple' object has no attribute {name!r}")
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Pickle it as a plain tuple, so that loading it does not need diffsight."""
+        return tuple, ([*self],)
+
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> NoReturn:
         raise InputError(_WRITE_ITEM)
+
+
+torch.serialization.add_safe_globals([tuple])  # pickled by its name, it is refused by `torch.load` otherwise
 
 
 def _of_tensors(name: str) -> Callable:

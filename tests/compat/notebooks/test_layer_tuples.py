@@ -1,5 +1,7 @@
 """The output of a layer of a language model is a tuple, as in transformers 4."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,14 @@ def test_layer_used_as_a_tuple(model):
     assert out + (1,) == longer and (0,) + out + (1,) == longest and (0, *out[:1], 1) == longest  # noqa: RUF005
     assert out == (hidden,) and out != () and out != None and {out: 1}[(hidden,)] == 1  # noqa: E711
     assert torch.equal(torch.cat(out), hidden) and torch.equal(torch.stack(out)[0], hidden) and hidden in out
+
+
+def test_saving_a_layer_to_a_file(model, tmp_path):
+    with model.trace(EIFFEL):
+        out = model.transformer.h[3].output.save()
+    torch.save({"out": out}, tmp_path / "out.pt")
+    loaded = torch.load(tmp_path / "out.pt")["out"]
+    assert type(loaded) is tuple and torch.equal(loaded[0], out[0]) and b"diffsight" not in pickle.dumps(out)
 
 
 def test_option_to_turn_tuples_off(model, net, ids):
