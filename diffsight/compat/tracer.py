@@ -1,7 +1,7 @@
 """`with model.trace(x) as tracer:`: a run with the methods of nnsight's tracer."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import FrameType, TracebackType
@@ -212,6 +212,35 @@ class Tracer(TracerFunctions, Run):
             if error is None:
                 notes.check_read_only()
         return is_stopped
+
+    # ---- a run that is used as if it were its result: `ids = model.generate(prompt)`
+
+    def __getitem__(self, key: int | str | slice) -> Any:
+        if not isinstance(key, str):
+            self._check_not_result(f"run[{key!r}]")
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._check_not_result("in a loop")
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._check_not_result("len(run)")
+        return super().__len__()
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(torch.Tensor, name) and self._child(name) is None:
+            self._check_not_result(f"run.{name}")
+        return super().__getattr__(name)
+
+    def _check_not_result(self, use: str) -> None:
+        """Raise InputError if the run generates and nobody has entered or begun it, so that its result is meant."""
+        flow = self._flow
+        if self._generates and not (flow.is_entered or flow.has_begun or flow.outcome is not None):
+            raise InputError(
+                f"this is a run, which was used like its result ({use}): write `.result` after the call that opens it, "
+                "as in model.generate(...).result"
+            )
 
     def _keep_first_inputs(self) -> None:
         kept = self._first_inputs = []

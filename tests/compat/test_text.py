@@ -6,6 +6,7 @@ from torch import nn
 
 import diffsight.compat as nnsight
 from compat.constants import TOKENS
+from diffsight.errors import InputError
 from helpers import outputs
 from models import diffusion
 
@@ -84,3 +85,33 @@ def test_sessions_of_text(text_model):
         ids = torch.tensor([text_model.tokenizer(prompt)["input_ids"]])
         assert torch.equal(logits, text_model.module(ids).logits)
     assert torch.equal(text_model.trace(OTHER, trace=False).logits, results[1])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        len,
+        list,
+        lambda ids: ids[0],
+        lambda ids: ids[:, -1],
+        lambda ids: ids.shape,
+        lambda ids: ids.dtype,
+        lambda ids: ids.cpu(),
+        lambda ids: ids.tolist(),
+    ],
+)
+def test_run_used_like_its_result(text_model, use):
+    """nnsight's guide: "Without a `with`, `ids = model.generate(...)` just returns the ids"."""
+    with pytest.raises(InputError, match=r"as in model\.generate\(\.\.\.\)\.result"):
+        use(text_model.generate(PROMPT, **TOKENS))
+
+
+def test_texts_of_a_run_used_like_its_result(text_model):
+    ids = text_model.generate(PROMPT, **TOKENS)
+    for decode in (text_model.tokenizer.decode, text_model.tokenizer.batch_decode):
+        with pytest.raises(InputError, match=r"as in model\.generate\(\.\.\.\)\.result"):
+            decode(ids)
+    assert ids.lm_head.path == ids["lm_head"].path == "model.lm_head"
+    assert torch.equal(ids.result, text_model.generate(PROMPT, **TOKENS, trace=False))
+    with text_model.generate(PROMPT, **TOKENS) as tracer:
+        assert tracer.dtype == torch.float32 and len(tracer) == 2
