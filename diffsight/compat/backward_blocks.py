@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from diffsight.compat.later_gradients import reading_gradients
+from diffsight.compat.later_gradients import note_freed, reading_gradients
 from diffsight.engine.coroutine import Coroutine
 from diffsight.engine.torch_state import TorchState
 from diffsight.errors import InputError, OutOfOrderError
@@ -46,6 +46,7 @@ class BackwardBlock:
         self._arrived: dict[int, list[Any]] = {}  # for each tensor: itself, its gradient, and the final value
         self._waited_for: torch.Tensor | None = None
         self._ends = ExitStack()
+        self._freed = _freed_by(loss, *args, **kwargs)
 
     def __enter__(self) -> "BackwardBlock":
         self._ends.enter_context(reading_gradients(self))
@@ -58,6 +59,7 @@ class BackwardBlock:
                     self._backward.resume()
             else:
                 self._backward.unwind()
+        note_freed(self._freed)
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the gradient of a tensor; run `backward()` until it is known."""
@@ -95,7 +97,21 @@ def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run `backward()`, or return a block if the call is the context manager of a `with` statement."""
     if _is_entered(sys._getframe(1)):
         return BackwardBlock(loss, args, kwargs)
-    return _plain_backward(loss, *args, **kwargs)
+    freed, result = _freed_by(loss, *args, **kwargs), _plain_backward(loss, *args, **kwargs)
+    note_freed(freed)
+    return result
+
+
+def _freed_by(
+    loss: torch.Tensor,
+    gradient: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> Any:
+    """Return the last node of the graph that a call of `backward` with these arguments uses up; None if it keeps it."""
+    is_kept = create_graph if retain_graph is None else retain_graph
+    return None if is_kept else loss.grad_fn
 
 
 def _is_entered(frame: FrameType) -> bool:

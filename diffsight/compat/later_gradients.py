@@ -15,16 +15,18 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from functools import partial
 from threading import Lock
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from diffsight.errors import DiffsightError
+from diffsight.errors import DiffsightError, OutOfOrderError
 
 _PLAIN_GRAD, _PLAIN_REQUIRES_GRAD = torch._C.TensorBase.grad, torch._C.TensorBase.requires_grad
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")}
@@ -33,7 +35,10 @@ _SPECIAL = {
     *(f"__r{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul")),
     *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "getitem", "and", "or", "xor", "invert")),
 }
-_NEEDS_VALUE = {f"__{name}__" for name in ("bool", "float", "int", "len", "iter", "index", "array", "contains")}
+_NEEDS_VALUE = {
+    f"__{name}__"
+    for name in ("bool", "float", "int", "complex", "len", "iter", "index", "contains", "format", "reduce_ex")
+}
 
 
 class LaterGradient:
@@ -59,8 +64,9 @@ class LaterGradient:
         Raises DiffsightError before `backward()` has computed it."""
         if not self._is_known:
             raise DiffsightError(
-                "this gradient does not exist yet: call backward() first. Until then it can be saved, indexed, "
-                "computed with and changed; to look at gradients as they are computed, write `with loss.backward():`"
+                "this gradient does not exist yet: no backward() has reached its tensor since `.grad` was read. Call "
+                "backward() after that line. Until then it can be saved, indexed, computed with and changed; to look "
+                "at gradients as they are computed, write `with loss.backward():`"
             )
         return self._known
 
@@ -94,17 +100,24 @@ class LaterGradient:
     def __setitem__(self, key: Any, value: Any) -> None:
         _applied(operator.setitem, (self, key, value), {})
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> numpy.ndarray:
+        array = self.value.__array__(dtype)
+        return array.copy() if copy else array
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return deepcopy(self.value, memo)
+
     def __repr__(self) -> str:
         return repr(self._known) if self._is_known else "<a gradient that backward() has not computed yet>"
 
 
 def _special(name: str) -> Callable:
-    def method(own: Any, *args: Any) -> Any:
+    def method(own: Any, *args: Any, **kwargs: Any) -> Any:
         if name in _IN_PLACE:
             _applied(lambda value, *given: getattr(value, name)(*given), (own, *args), {})
             return own
         if name in _NEEDS_VALUE:
-            return getattr(own.value, name)(*args)
+            return getattr(own.value, name)(*args, **kwargs)
         return _applied(lambda value, *given: getattr(value, name)(*given), (own, *args), {})
 
     return method
@@ -176,6 +189,7 @@ class Program:
 _programs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _reader: ContextVar[Any] = ContextVar("diffsight_gradient_reader", default=None)
 _held: ContextVar[list[torch.Tensor]] = ContextVar("diffsight_held_tensors")
+_freed: ContextVar[list[Any]] = ContextVar("diffsight_freed_graphs")  # the last nodes of graphs that are used up
 _lock, _users = Lock(), [0]
 
 
@@ -191,11 +205,12 @@ def reading_gradients(reader: Any = None) -> Iterator[None]:
         torch.Tensor.grad = property(_get, _set, _PLAIN_GRAD.__delete__)
         torch.Tensor.requires_grad = property(_PLAIN_REQUIRES_GRAD.__get__, _set_requires_grad)
     token = _reader.set(reader) if reader is not None else None
-    held = _held.set([])
+    held, freed = _held.set([]), _freed.set([])
     try:
         yield
     finally:
         _held.reset(held)
+        _freed.reset(freed)
         if token is not None:
             _reader.reset(token)
         with _lock:
@@ -233,8 +248,31 @@ def _has_own(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or not tensor.requires_grad or tensor.retains_grad
 
 
+def note_freed(node: Any) -> None:
+    """Note that `backward()` has used up the graph that ends in a node. None stands for no graph."""
+    freed = _freed.get(None)
+    if node is not None and freed is not None:
+        freed.append(node)
+
+
+def _is_freed(tensor: torch.Tensor) -> bool:
+    """Return whether the graph that a tensor was computed in is used up, so that its gradient will never come."""
+    waiting = [*_freed.get()]
+    seen = {*waiting}
+    for node in waiting:
+        inner = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= inner
+        waiting += inner
+    return tensor.grad_fn in seen
+
+
 def _program_of(tensor: torch.Tensor) -> Program:
     if tensor not in _programs:
+        if _is_freed(tensor):
+            raise OutOfOrderError(
+                "this gradient is past: backward() has been called, and the gradient of a computed tensor is kept only "
+                "if `.grad` was read before, or retain_grad() called. Read `.grad` before backward()"
+            )
         _programs[tensor] = Program(tensor)
         _held.get().append(tensor)  # keeps the tensor's gradient available until the block ends
     return _programs[tensor]

@@ -1,5 +1,9 @@
 """Gradients before `backward()`, and in the block of `with loss.backward():`."""
 
+import copy
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
@@ -69,11 +73,58 @@ def test_changed_before_backward(llm, gpt2, ids):
 def test_gradients_that_never_come(llm, gpt2, ids):
     with llm.trace(ids):
         gradient = llm.transformer.h[0].output.grad.save()
-        with pytest.raises(DiffsightError, match=r"call backward\(\) first"):
+        with pytest.raises(DiffsightError, match=r"Call backward\(\) after that line"):
             bool(gradient.sum() > 0)
     with pytest.raises(DiffsightError, match="does not exist yet"):
         gradient.tolist()
     assert "not computed yet" in repr(gradient)
+
+
+def test_read_after_backward(llm, gpt2, ids):
+    for has_block in (False, True):
+        with pytest.raises(OutOfOrderError, match=r"Read `\.grad` before backward"), llm.trace(ids):
+            hidden, loss = llm.transformer.h[0].output, llm.output.logits.sum()
+            if has_block:
+                with loss.backward():
+                    pass
+            else:
+                loss.backward()
+            hidden.grad
+    with llm.trace(ids):
+        hidden, logits = llm.transformer.h[0].output, llm.output.logits
+        early, apart = logits.grad, (logits.detach().requires_grad_() * 2)
+        logits.sum().backward(retain_graph=True)
+        later, other = hidden.grad, apart.grad  # the graph is still there, or is another one
+        logits.sum().backward()
+        apart.sum().backward()
+        known = early.shape
+    gpt2.zero_grad()
+    assert torch.equal(later.value, by_hand(gpt2, ids)[0]) and other.eq(1).all() and known == logits.shape
+    with llm.trace(ids):
+        hidden = llm.transformer.h[0].output
+        hidden.retain_grad()
+        llm.output.logits.sum().backward()
+        kept = hidden.grad
+    gpt2.zero_grad()
+    assert torch.equal(kept, by_hand(gpt2, ids)[0])
+
+
+def test_used_as_numbers(llm, gpt2, ids, tmp_path):
+    with llm.trace(ids):
+        gradient = llm.transformer.h[0].output.grad.save()
+        size = gradient.norm()
+        with pytest.raises(DiffsightError, match=r"since `\.grad` was read"):
+            f"{size:.3f}"
+        llm.output.logits.sum().backward()
+    gpt2.zero_grad()
+    expected = by_hand(gpt2, ids)[0]
+    assert f"{size:.3f}" == f"{expected.norm():.3f}" and f"{size}" == f"{expected.norm()}"
+    for as_array in (np.array, np.asarray, partial(np.asarray, dtype="float32"), partial(np.array, copy=True)):
+        assert np.array_equal(as_array(gradient), expected.numpy())
+    assert np.linalg.norm(size) == expected.norm().item() and complex(size) == complex(expected.norm())
+    torch.save(gradient, tmp_path / "gradient.pt")
+    for copied in (torch.load(tmp_path / "gradient.pt"), copy.deepcopy(gradient)):
+        assert type(copied) is torch.Tensor and torch.equal(copied, expected)
 
 
 def test_parameters_keep_their_own(llm, gpt2, ids):
