@@ -10,8 +10,7 @@ from itertools import count
 from diffsight.compat.repeated_blocks import OWN_STEPS, BlockOfInvokes, Loop, StepsBlock
 from diffsight.compat.tracer_flow import TracerFlow, Turn
 from diffsight.engine.innermost_run import current_edit
-from diffsight.engine.run_to_point import Flow
-from diffsight.errors import InputError
+from diffsight.errors import InputError, warn_user
 from diffsight.steps import Steps
 
 WRITE_A_LOOP = "Write a loop: `for step in tracer.iter[:]:`"
@@ -73,8 +72,9 @@ def _refuse(chosen: slice) -> Iterator[int]:
     raise InputError(OWN_STEPS)
 
 
-def steps_in(steps: Steps, flow: Flow, chosen: slice) -> Iterator[int]:
-    """Count the steps of a run that generates.
+def steps_in(steps: Steps, flow: TracerFlow, chosen: slice) -> Iterator[int]:
+    """Count the steps of a run that generates. Warn if the block has collected tokens of the streamer to the last step,
+    since nnsight has one more turn for the last token.
 
     Raises:
         InputError: The body has run the model to its end before the last step.
@@ -88,6 +88,11 @@ def steps_in(steps: Steps, flow: Flow, chosen: slice) -> Iterator[int]:
                 f"the block has run the model to its end at step {step.index}, so step {following} is past: read the "
                 "result, or model.generator.output, after the steps"
             )
+    if chosen.stop is None and flow.is_streamed:
+        warn_user(
+            "model.generator.streamer.output is what a step begins with, so a loop over the steps leaves out the last "
+            "token: it is at the end of tracer.result"
+        )
 
 
 _MOST_IDLE_TURNS = 10_000  # in a row: in `for step in tracer.iter[:]: if step == 0: ...`, later turns do nothing

@@ -38,10 +38,12 @@ class TracerFlow(Flow):
     Attributes:
         turns: The current turn of the block (None), and of each edit that is in such a loop.
         notes: The notes of an invoke.
+        is_streamed: Whether the block has asked for tokens of the streamer.
     """
 
     turns: dict[Any, Turn | None]
     notes: InvokeNotes | None
+    is_streamed = False
 
     def begin_notes(self, notes: InvokeNotes) -> None:
         """Note what an invoke does."""

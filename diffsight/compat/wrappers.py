@@ -167,11 +167,13 @@ class Streamer:
 
     @property
     def output(self) -> torch.Tensor:
-        """The tokens with which the step begins: first the prompt's tokens, later the last generated token."""
+        """The tokens with which the step begins: first those of the prompt, `(rows, tokens)`, later the last generated
+        ones, `(rows,)`. No step begins with the very last ones, which end the run's result."""
         flow = flow_of(self._run)
+        flow.is_streamed = True
         args, kwargs = self._run.inputs
         tokens = (args[0] if args else kwargs)["input_ids"]
-        return tokens if flow.scope.step <= 0 else tokens[:, -1:]
+        return tokens if flow.scope.step <= 0 else tokens[:, -1]
 
 
 @cache

@@ -1,5 +1,7 @@
 """`TransformersModel`, `VisionLanguageModel`, `DiffusionModel` and `StandardizedTransformer`."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -49,12 +51,30 @@ def test_layers_give_what_they_return(net):
     assert isinstance(old, TransformersModel) and old.task == model.task == "text-generation"
 
 
+class Collected(transformers.generation.streamers.BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens.append(value)
+
+    def end(self):
+        pass
+
+
 def test_tokens_of_each_step(net):
-    model = TransformersModel(net, tokenizer=language.TOKENIZER)
-    with model.generate(TEXT, max_new_tokens=3, min_new_tokens=3, do_sample=False) as tracer:
-        steps = [model.generator.streamer.output for _ in tracer.iter[:]]
-    expected = net.generate(language.ids(TEXT), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert torch.equal(torch.cat(steps, -1), expected[:, :-1])
+    model, collected = TransformersModel(net, tokenizer=language.TOKENIZER), Collected()
+    arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with pytest.warns(UserWarning, match="leaves out the last token") as caught:
+        with model.generate(TEXT, **arguments) as tracer:
+            steps = [model.generator.streamer.output for _ in tracer.iter[:]]
+    result = net.generate(language.ids(TEXT), **arguments, streamer=collected)
+    assert caught[0].filename == __file__ and torch.equal(tracer.result, result)
+    assert len(steps) == 3 and all(map(torch.equal, steps, collected.tokens))
+    with warnings.catch_warnings(), model.generate(TEXT, **arguments) as tracer:
+        warnings.simplefilter("error")
+        steps = [model.generator.streamer.output for _ in tracer.iter[:2]]
+    assert len(steps) == 2 and all(map(torch.equal, steps, collected.tokens))
 
 
 def test_arguments_of_the_tokenizer(net):
