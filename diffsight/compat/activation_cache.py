@@ -9,13 +9,14 @@ for path, part in cache.items():            # or all of them, as in a dictionary
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from diffsight.compat.layer_tuples import LayerOutput, gives_tuple
-from diffsight.errors import PointNotFoundError
+from diffsight.errors import PointNotFoundError, suggest
 from diffsight.extending import INPUTS, OUTPUT, Asked, Envoy, Run, flow_of, owner_of, target_of, tree_of
 
 Conversion = tuple[torch.device | str | None, torch.dtype | None, bool]
@@ -27,13 +28,15 @@ class ActivationCache:
 
     The whole cache is also a dictionary of paths and parts of the cache, as in older releases of nnsight.
 
+    It can be pickled, without the model: a cache that is loaded from a file knows modules by their paths alone.
+
     Args:
-        model: The model.
+        model: The model; None for a cache that was loaded from a file.
         visits: For each path, the values kept from each call.
         path: The module path of this part of the cache; None for the whole cache.
     """
 
-    def __init__(self, model: Envoy, visits: dict[str, list[Visit]], path: str | None = None) -> None:
+    def __init__(self, model: Envoy | None, visits: dict[str, list[Visit]], path: str | None = None) -> None:
         self._model, self._visits, self._path = model, visits, path
 
     @property
@@ -84,9 +87,9 @@ class ActivationCache:
 
     def __getitem__(self, key: str | int) -> "ActivationCache":
         if key in self._visits:
-            return ActivationCache(self._model, self._visits, key)
+            return self._part(key)
         if isinstance(key, int):
-            return ActivationCache(self._model, self._visits, self._envoy()[key].path)
+            return self._inside(str(key)) if self._model is None else self._part(self._envoy()[key].path)
         try:
             found = self
             for name in key.split("."):
@@ -99,11 +102,13 @@ class ActivationCache:
         if name.startswith("_"):
             raise AttributeError(name)
         if self._path is None and name == "model":
-            return ActivationCache(self._model, self._visits, "model")
+            return self._part("model")
+        if self._model is None:
+            return self._inside(name)
         found = getattr(self._envoy(), name)
         if not isinstance(found, Envoy):
             raise AttributeError(f"{name!r} is not a module")
-        return ActivationCache(self._model, self._visits, found.path)
+        return self._part(found.path)
 
     def __contains__(self, key: str) -> bool:
         try:
@@ -118,8 +123,24 @@ class ActivationCache:
     def __bool__(self) -> bool:
         return True
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        return ActivationCache, (None, self._visits, self._path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationCache":
+        return ActivationCache(self._model, deepcopy(self._visits, memo), self._path)
+
     def __repr__(self) -> str:
         return f"<cache of {', '.join(self.keys()) or 'nothing yet'}>"
+
+    def _part(self, path: str) -> "ActivationCache":
+        return ActivationCache(self._model, self._visits, path)
+
+    def _inside(self, name: str) -> "ActivationCache":
+        """Return the part of a cache that was loaded from a file, by the name of a module in this one."""
+        found = self._part(f"{self._path or 'model'}.{name}")
+        if not found.keys():
+            raise PointNotFoundError(f"nothing was kept in {found._path}{suggest(found._path, self._visits)}")
+        return found
 
     def _envoy(self) -> Any:
         path = (self._path or "model").removeprefix("model").lstrip(".")

@@ -1,5 +1,7 @@
 """`tracer.cache()`."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -76,3 +78,21 @@ def test_cache_of_several_calls():
         cache = tracer.cache()
     assert len(cache["model.block"]) == 3
     assert torch.equal(cache.block.output[2], net(x)) and torch.equal(cache.block.output[0], net.block(x))
+
+
+def test_cache_in_a_file(gpt2, ids, tmp_path):
+    model = LanguageModel(gpt2)
+    with torch.no_grad(), model.trace(ids) as tracer:
+        cache = tracer.cache(modules=[model.transformer.h[0], model.lm_head], include_inputs=True)
+    torch.save(cache, tmp_path / "cache.pt")
+    loaded, hidden = torch.load(tmp_path / "cache.pt", weights_only=False), cache.transformer.h[0].output[0]
+    assert (tmp_path / "cache.pt").stat().st_size < 20_000 and loaded.keys() == cache.keys() and len(loaded) == 2
+    for found in (loaded["model.transformer.h.0"], loaded.transformer.h[0], loaded.model.transformer["h"][0]):
+        assert type(found.output) is tuple and torch.equal(found.output[0], hidden)
+    assert torch.equal(loaded.lm_head.input, cache.lm_head.input) and "model.lm_head" in loaded
+    assert "model.transformer.h.1" not in loaded
+    for absent in (lambda: loaded.transformer.h[1], lambda: loaded.transformer.wte):
+        with pytest.raises(AttributeError, match=r"nothing was kept in model\.transformer"):
+            absent()
+    copied = copy.deepcopy(cache)
+    assert torch.equal(copied.layers[0].output[0], hidden) and copied.layers[0].output[0] is not hidden
