@@ -164,7 +164,9 @@ class CompatEnvoy(CompatPoints, Envoy):
 
     @property
     def device(self) -> torch.device | None:
-        """The device of the first parameter; None if there is none."""
+        """The device of the first parameter, in a pipeline that of its first component; None if there is none.
+
+        Weights that have not been loaded yet are loaded now."""
         return next((parameter.device for parameter in self._parameters_here()), None)
 
     @property
@@ -190,7 +192,10 @@ class CompatEnvoy(CompatPoints, Envoy):
         return self._owner
 
     def _parameters_here(self) -> Iterator[nn.Parameter]:
-        return self._owner.parameters() if isinstance(self._owner, nn.Module) else iter(())
+        self._tree.load_unless_scanning()  # until then, the parameters are on the meta device
+        is_module = isinstance(self._owner, nn.Module)  # and not a pipeline, whose components are modules
+        parts = [self._owner] if is_module else [part.owner for part in self._tree.children_of(self._target).values()]
+        return (parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters())
 
     def _inside(self, seen: set[int]) -> Iterator["CompatEnvoy"]:
         if id(self._owner) in seen:

@@ -197,6 +197,12 @@ def test_attention_probabilities_of_nnterp():
     assert torch.allclose(logits, expected, atol=1e-6) and not torch.allclose(logits, net(ids).logits, atol=1e-3)
 
 
+def _saved(folder):
+    language.gpt2().save_pretrained(folder)
+    language.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def test_diffusion_models(tmp_path):
     pipe, kind = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"]
     model = DiffusionModel(pipe)
@@ -211,6 +217,8 @@ def test_diffusion_models(tmp_path):
     assert type(other.pipeline) is type(pipe) and other.pipeline.safety_checker is None
     with pytest.raises(InputError, match="automodel"):
         DiffusionModel(pipe, automodel="StableDiffusionImg2ImgPipeline")
+    assert other.device == pipe.device == torch.device("cpu") and other.devices == {pipe.device}
+    assert DiffusionModel(str(tmp_path)).device == LanguageModel(_saved(tmp_path / "gpt2")).device == pipe.device
     layer = pipe.text_encoder.encoder.layers[0]
     with model.generate(**kind.inputs(), seed=0):
         output = model.text_encoder.text_model.encoder.layers[0].output
