@@ -5,7 +5,7 @@ such a layer is a tuple here.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -36,6 +36,7 @@ from diffsight.extending import (
 
 TAKEN = ("output", "input", "inputs", "source", "iter")  # module names that are also attributes of envoys
 _MOVED = "E_"
+_OF_MODEL = ("edit", "clear_edits", "generate", "scan", "session")  # methods that only the model has
 
 
 class CompatPoints(Points):
@@ -190,6 +191,11 @@ class CompatEnvoy(CompatPoints, Envoy):
     @property
     def _module(self) -> nn.Module:
         return self._owner
+
+    def _hint(self, name: str, known: Iterable[str]) -> str:
+        if name in _OF_MODEL:
+            return f"; that is a method of the model, and reaches all parts: write model.{name}(...)"
+        return super()._hint(name, known)
 
     def _parameters_here(self) -> Iterator[nn.Parameter]:
         self._tree.load_unless_scanning()  # until then, the parameters are on the meta device

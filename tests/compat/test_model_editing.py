@@ -3,12 +3,14 @@
 Model Editing in nnsight's walkthrough and in the guide to 0.3; model_editing.ipynb; editing_tutorial.ipynb.
 """
 
+import pytest
 import torch
 from torch import nn
 
 import diffsight.compat as nnsight
 from compat.constants import HIDDEN_DIMS
 from diffsight.compat import NNsight
+from diffsight.errors import PointNotFoundError
 from helpers import outputs, replaced
 
 
@@ -157,3 +159,19 @@ def test_editing_with_the_editor(tiny_model, net, input):
     tiny_model.clear_edits()
     assert torch.equal(edited.result, net.layer2(torch.zeros(1, HIDDEN_DIMS)))
     assert torch.equal(tiny_model.trace(input).result, net(input))
+
+
+@pytest.mark.parametrize("name", ["edit", "clear_edits", "generate", "scan", "session"])
+def test_methods_that_only_the_model_has(llm, name):
+    with pytest.raises(PointNotFoundError, match=rf"write model\.{name}\(\.\.\.\)"):
+        getattr(llm.transformer.h[1], name)
+
+
+def test_edit_in_the_run_of_a_part(llm, gpt2):
+    layer, hidden = llm.transformer.h[1], torch.ones(1, 2, 16)
+    with llm.edit(inplace=True):
+        layer.mlp.output[:] = 0
+    with torch.no_grad(), layer.trace(hidden) as tracer:
+        pass
+    with torch.no_grad(), replaced(gpt2.transformer.h[1].mlp, torch.zeros_like):
+        assert torch.equal(tracer.result, gpt2.transformer.h[1](hidden))
