@@ -100,7 +100,8 @@ def record(
         changed = (path for path, tensor, version in models_own if unseen(_version, tensor) != version)
         return next((order.recorded_and_changed(path, where) for path in changed), None)
 
-    patterns = [patterns] if isinstance(patterns, (str, Points)) else list(patterns)
+    is_single = isinstance(patterns, (str, Points)) or not isinstance(patterns, Iterable)
+    patterns = [patterns] if is_single else [*patterns]
     found = {path: place for pattern in patterns for path, place in find_points(root_of(run), pattern).items()}
     kept, flow = Record(), flow_of(run)
     scope, step = flow.scope, flow.clock.index if flow.scope.in_step else None
@@ -187,6 +188,15 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
             f"no part of the model matches {pattern!r}: * matches one name, as in layers[*].mlp, and ** any number"
         )
     return {target_of(envoy).point(part, 0): (envoy, part) for envoy in envoys}
+
+
+def find_point(root: Envoy, path: str, method: str) -> tuple[Points, str]:
+    """Return the point that a path names: the envoy and the name of the value. `method` is the method of a run that
+    takes the path."""
+    if isinstance(path, str) and "*" in path:
+        raise InputError(f"run.{method} takes the path of one point, not a pattern: {path!r}")
+    (found,) = find_points(root, path).values()
+    return found
 
 
 def _names_in(envoy: Envoy) -> list[str]:

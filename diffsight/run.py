@@ -40,7 +40,7 @@ from diffsight.envoy import (
     tree_of,
 )
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError, ScanError, warn_user
-from diffsight.recorded_values import Record, find_points, record
+from diffsight.recorded_values import Record, find_point, record
 from diffsight.rows import Row, call_body, each, make_rows
 from diffsight.steps import Step, Steps
 
@@ -203,9 +203,7 @@ class Run(InRun):
             OutOfOrderError: The model has already passed the point.
         """
         run = self._pass
-        if "*" in path:
-            raise InputError(f"run.follow takes the path of one point, not a pattern: {path!r}")
-        ((points, part),) = find_points(root_of(run), path).values()
+        points, part = find_point(root_of(run), path, "follow")
         asked = Asked(target_of(points), part)
 
         def keep(tap: Any, call: int, value: Any) -> None:
@@ -232,9 +230,7 @@ class Run(InRun):
             PointNotFoundError: The path does not exist.
             InputError: The value is not a tensor, or the index does not fit its shape.
         """
-        if "*" in path:
-            raise InputError(f"run.at takes the path of one point, not a pattern: {path!r}")
-        ((points, part),) = find_points(root_of(self._pass), path).values()
+        points, part = find_point(root_of(self._pass), path, "at")
         return fetch(narrowed(points, Indexed(index, selection_of(points))), part)
 
     def backward(self, loss: torch.Tensor) -> None:

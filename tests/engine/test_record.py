@@ -1,6 +1,7 @@
 """Records of many points, compared with hand-written hooks."""
 
 from collections import OrderedDict, UserDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -271,6 +272,10 @@ def test_paths_that_are_no_paths(net, x):
                 run.record(pattern)
         with pytest.raises(InputError, match=r"named by its path, such as 'layers\[0\]'"):
             run.follow(run.layers[0], print)
+        for call in (run.record, partial(run.follow, function=print), partial(run.at, index=0)):
+            for path in (3, None, 1.5):
+                with pytest.raises(InputError, match=rf"named by its path.* not by {type(path).__name__}"):
+                    call(path)
         with pytest.raises(PointNotFoundError, match=r"there is no 'outptu' \(did you mean 'output'"):
             run.record("layers[*].outptu")
         with pytest.raises(PointNotFoundError, match=r"there is no 'layer' \(did you mean 'layers'"):
