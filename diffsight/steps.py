@@ -6,13 +6,12 @@ for step in run.steps:                   # or some of them: run.steps[10:20]
 The run's `Clock` decides when a step begins, see `diffsight.engine.step_clock`.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_to_point import Flow
-from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError, suggest
+from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError, suggest, warn_user
 
 
 class Step:
@@ -129,12 +128,12 @@ class Steps:
             f"the loop over run.steps{self._part} ended after {_counted(count)}, because something else, such as "
             "run.result or another loop over the steps, had run the model past the rest: ask for that after the loop"
         )
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn_user(message, RuntimeWarning)
 
     def _warn_of_missed(self) -> None:
         count = _counted(self._flow.clock.index + 1)
         message = f"the loop over run.steps{self._part} never ran: the model ended after {count}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn_user(message, RuntimeWarning)
 
 
 def _counted(steps: int) -> str:

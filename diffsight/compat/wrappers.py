@@ -1,6 +1,5 @@
 """`NNsight`, `LanguageModel`, `VisionLanguageModel` and `DiffusionModel`, with nnsight's arguments."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -17,7 +16,7 @@ from diffsight.compat.sessions import Session
 from diffsight.compat.standardized_transformer import StandardizedNames
 from diffsight.compat.tracer import Tracer, describe_opening, entered_tracers
 from diffsight.compat.transformers_models import TransformersNames
-from diffsight.errors import InputError, PointNotFoundError
+from diffsight.errors import InputError, PointNotFoundError, warn_user
 from diffsight.extending import Model, Run, flow_of, run_meant_by
 from diffsight.remote import is_on_server
 
@@ -68,10 +67,9 @@ class CompatModel(CompatEnvoy):
         """Warn about modules that cannot be reached by their own names, since envoys have values with those names."""
         hidden = [p for p, _ in self._modules_here() if p.rpartition(".")[2] in TAKEN and p]
         if hidden:
-            warnings.warn(
+            warn_user(
                 f"the model has modules with the same names as values that nnsight already provides ({hidden[0]}, "
-                f"{len(hidden)} in all): write `.E_output` for a module `output`, and so on",
-                stacklevel=4,
+                f"{len(hidden)} in all): write `.E_output` for a module `output`, and so on"
             )
 
     def _modules_here(self) -> Iterator[tuple[str, nn.Module]]:

@@ -6,7 +6,6 @@ of the layer before it, and the final norm the output of the last layer. The hea
 and nothing that bypasses the norm. The logits must come from the head alone.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, warn_user
 from diffsight.extending import structural_copy, without_global_hooks
 from diffsight.pipelines.language.unembedding import HiddenLayout
 from diffsight.pipelines.module_spans import module_at
@@ -149,11 +148,10 @@ def check_names(
         raise InputError(_explained(model, names, parts, *wrong.args)) from None
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
-        warnings.warn(
+        warn_user(
             f"the names found in {type(model).__name__} could not be verified, because a forward pass over three "
             f"tokens fails: {type(error).__name__}: {reason}",
             NamesWarning,
-            stacklevel=4,
         )
     return trace.structure if trace is not None else Structure()
 

@@ -134,8 +134,11 @@ def test_modules_called_output():
             return self.output(x) + 1
 
     net, x = Net(), torch.ones(1, 3)
-    with pytest.warns(UserWarning, match="already provides"):
+    with pytest.warns(UserWarning, match="already provides") as told:
         model = NNsight(net)
+        Envoy(net)
+        type(model)(net, rename={})
+    assert [one.filename for one in told] == [__file__] * 3
     with model.trace(x):
         inner, outer = model.E_output.output, model.output
     assert torch.equal(inner, net.output(x)) and torch.equal(outer, net(x))
