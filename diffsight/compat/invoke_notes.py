@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from diffsight.engine.torch_state import random_state, set_random_state
+from diffsight.engine.torch_state import random_state, set_random_state, unseen
 from diffsight.errors import InputError
 from diffsight.extending import Asked
 
@@ -47,6 +47,20 @@ class InvokeNotes:
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
         self.read += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
         self.reads_unseen |= any(tensor.is_inference() for tensor in tensors)
+
+    def noting_changes(self, function: Callable[[Any, int, Any], None]) -> Callable[[Any, int, Any], None]:
+        """Return a function that follows a point, which also notes whether it has changed the value in place."""
+
+        def call(tap: Any, index: int, value: Any) -> None:
+            known, self.read = self.read, []
+            unseen(self.note_read, value)
+            try:
+                function(tap, index, value)
+            finally:
+                unseen(self.find_changes)
+                self.read = known
+
+        return call
 
     def note_change(self, asked: Asked) -> None:
         """Note a value that the block assigns, or a module that it skips.

@@ -5,6 +5,7 @@ Here a turn of a loop over `tracer.iter` in a run of one pass becomes a call, an
 changes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.points import Point
 from diffsight.engine.run_to_point import Flow
 from diffsight.errors import OutOfOrderError, warn_user
-from diffsight.extending import Asked
+from diffsight.extending import Asked, Tap
 
 
 @dataclass
@@ -68,6 +69,9 @@ class TracerFlow(Flow):
 
     def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         super().skip(self._changing(asked), value, where)
+
+    def keep(self, asked: Asked, function: Callable[[Tap, int, Any], None]) -> None:
+        super().keep(asked, self.notes.noting_changes(function) if self._is_noted() else function)
 
     def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
         if self.notes is None or self.seed is not None:

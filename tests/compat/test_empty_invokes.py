@@ -76,6 +76,8 @@ CHANGES = {
     "token_embeddings": lambda model: _zero(model.token_embeddings),
     "calls": lambda model: _zero(model.layers[1].mlp.calls[0].output),
     "rows": lambda model: _zero(model.rows[0].layers[1].mlp.output),
+    "follow": lambda model: model.follow("layers[1].output", _zero),
+    "each": lambda model: model.each(lambda row: _zero(row.layers_output[1])),
     "steer": lambda model: model.steer(1, torch.ones(16)),
 }
 
@@ -85,7 +87,7 @@ def test_changes_by_every_name(gpt2, ids, name):
     model = StandardizedTransformer(gpt2)
 
     def change(tracer):
-        CHANGES[name](tracer if name == "rows" else model)
+        CHANGES[name](tracer if name in ("rows", "follow", "each") else model)
 
     with torch.no_grad(), pytest.raises(InputError, match="an invoke before it has changed"), model.trace() as tracer:
         with tracer.invoke(ids) as invoker:
