@@ -7,6 +7,7 @@ changed nothing, and if its own pass draws the same random numbers.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -16,6 +17,7 @@ from diffsight.errors import InputError
 from diffsight.extending import Asked
 
 RandomState = list[torch.Tensor]
+Versions = list[tuple[torch.Tensor, int]]  # how often each tensor had been changed in place
 
 
 @dataclass
@@ -27,7 +29,8 @@ class InvokeNotes:
         generators: The random generators among its arguments, with their states before it.
         changed: Where the block has changed a value, if anywhere.
         reads_unseen: Whether it has read values whose changes in place cannot be detected.
-        read: The tensors that it has read, and their versions.
+        read: The tensors that it has read since the model has stopped for it, and their versions.
+        held: Those that it has read before, weakly.
         began, ended: The random state in which its pass began, and in which it ended.
         body_draws: Whether its block has drawn random numbers, between those of its pass.
     """
@@ -36,7 +39,8 @@ class InvokeNotes:
     generators: list[tuple[torch.Generator, torch.Tensor]] = field(default_factory=list)
     changed: str = ""
     reads_unseen: bool = False
-    read: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    read: Versions = field(default_factory=list)
+    held: list[tuple[ref, int]] = field(default_factory=list)
     began: RandomState | None = None
     ended: RandomState | None = None
     body_draws: bool = False
@@ -44,21 +48,17 @@ class InvokeNotes:
 
     def note_read(self, value: Any) -> None:
         """Note a value that the block reads, to find out later whether it was changed in place."""
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        self.read += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-        self.reads_unseen |= any(tensor.is_inference() for tensor in tensors)
+        self.read += _versions(value)
+        self.reads_unseen |= any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for leaf in tree_leaves(value))
 
     def noting_changes(self, function: Callable[[Any, int, Any], None]) -> Callable[[Any, int, Any], None]:
         """Return a function that follows a point, which also notes whether it has changed the value in place."""
 
         def call(tap: Any, index: int, value: Any) -> None:
-            known, self.read = self.read, []
-            unseen(self.note_read, value)
-            try:
-                function(tap, index, value)
-            finally:
-                unseen(self.find_changes)
-                self.read = known
+            before = unseen(_versions, value)
+            function(tap, index, value)
+            if unseen(_have_changed, before):
+                self.changed = tap.target.path
 
         return call
 
@@ -70,10 +70,17 @@ class InvokeNotes:
         self.check_read_only()
 
     def find_changes(self) -> None:
-        """Note whether values that the block has read were changed in place."""
-        if any(tensor._version != version for tensor, version in self.read):
+        """Note whether values that the block has read were changed in place since."""
+        held = [(tensor, version) for weak, version in self.held if (tensor := weak()) is not None]
+        if _have_changed([*self.read, *held]):
             self.changed = self.changed or "a value in place"
+        self.held = [(ref(tensor), version) for tensor, version in [*self.read, *held]]
         self.read = []
+
+    def end_block(self) -> None:
+        """The block has ended, and its pass too. What is changed from now on is no part of it."""
+        self.find_changes()
+        self.held = []
 
     def check_read_only(self) -> None:
         """Raise InputError if an invoke without input has changed something."""
@@ -102,13 +109,17 @@ class InvokeNotes:
 
         return call
 
-    def model_goes_on(self) -> None:
-        """The model continues, in the random state of the block."""
-        self.body_draws |= self._waits is not None and _differ(self._waits, random_state())
+    def model_goes_on(self, draws_from_same: bool) -> None:
+        """The model continues. `draws_from_same` says whether it draws random numbers from the state of the block."""
+        unseen(self.find_changes)
+        if draws_from_same:
+            self.body_draws |= self._waits is not None and _differ(self._waits, random_state())
 
-    def model_waits(self) -> None:
-        """The model has stopped for the block."""
-        self._waits = random_state()
+    def model_waits(self, draws_from_same: bool) -> None:
+        """The model has stopped for the block. What the model has changed in place is no change of the block."""
+        self.held = unseen(lambda: [(weak, tensor._version) for weak, _ in self.held if (tensor := weak()) is not None])
+        if draws_from_same:
+            self._waits = random_state()
 
 
 def check_draws(invokes: list[InvokeNotes]) -> None:
@@ -152,6 +163,15 @@ def starting_in(state: RandomState, function: Callable[[], Any]) -> Callable[[],
         return function()
 
     return call
+
+
+def _versions(value: Any) -> Versions:
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+
+def _have_changed(versions: Versions) -> bool:
+    return any(tensor._version != version for tensor, version in versions)
 
 
 def _differ(before: RandomState, after: RandomState) -> bool:

@@ -208,7 +208,7 @@ class Tracer(TracerFunctions, Run):
         add_hint(error, trace, is_invoke=notes is not None)
         super().__exit__(kind, error, trace)
         if notes is not None:
-            notes.find_changes()
+            notes.end_block()
             if error is None:
                 notes.check_read_only()
         return is_stopped

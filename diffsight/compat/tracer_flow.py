@@ -74,13 +74,14 @@ class TracerFlow(Flow):
         super().keep(asked, self.notes.noting_changes(function) if self._is_noted() else function)
 
     def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
-        if self.notes is None or self.seed is not None:
+        notes, draws_from_same = self.notes, self.seed is None
+        if notes is None:
             return super()._resume(call)
-        self.notes.model_goes_on()
+        notes.model_goes_on(draws_from_same)
         try:
             return super()._resume(call)
         finally:
-            self.notes.model_waits()
+            notes.model_waits(draws_from_same)
 
     def _changing(self, asked: Asked) -> Asked:
         """Return a point that is about to be changed. In a turn, run the model to it, so that the loop cannot run ahead

@@ -77,7 +77,7 @@ CHANGES = {
     "calls": lambda model: _zero(model.layers[1].mlp.calls[0].output),
     "rows": lambda model: _zero(model.rows[0].layers[1].mlp.output),
     "follow": lambda model: model.follow("layers[1].output", _zero),
-    "each": lambda model: model.each(lambda row: _zero(row.layers_output[1])),
+    "each": lambda model: model.each(lambda row: (row.layers_output[0], _zero(row.layers_output[1]))),
     "steer": lambda model: model.steer(1, torch.ones(16)),
 }
 
@@ -120,6 +120,25 @@ def test_edits_are_in_every_invoke(llm, gpt2, ids, other):
     h = gpt2.transformer.h
     with torch.no_grad(), replaced(h[0], lambda out: out * 2), replaced(h[1], without_first):
         assert torch.equal(logits, gpt2(torch.cat([ids, other])).logits)
+
+
+def test_changes_of_the_model_itself(input):
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.ReLU(inplace=True)).requires_grad_(False)
+    model = NNsight(net)
+    with model.trace() as tracer:
+        with tracer.invoke(input):
+            hidden = model[0].output
+            own = model.output
+        hidden[:] = 9  # its pass has ended
+        with tracer.invoke():
+            whole = model.output
+    assert torch.equal(whole, net(input)) and own is not whole
+    with pytest.raises(InputError, match="has changed a value in place"), model.trace() as tracer:
+        with tracer.invoke(input):
+            held = model[0].output
+            model[1].input
+            held[:] = 0
+        tracer.invoke()
 
 
 SAMPLED = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True}
