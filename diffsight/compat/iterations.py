@@ -1,7 +1,8 @@
 """`tracer.iter[...]` and `tracer.all()`: the steps of a run, for a loop or for a repeated block.
 
 A run of one pass has one step. Each turn of the loop then stands for one call of each module, as in nnsight: in turn 1,
-`layer.output` is the output of the layer's second call.
+`layer.output` is the output of the layer's second call. So it is by any other name of the value, `layers_output[3]`
+too, and `layer.calls[1]` is the call after that.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -12,6 +12,10 @@ from diffsight.errors import InputError
 from diffsight.extending import Tree
 
 
+class TensorAttributeError(InputError, AttributeError):
+    """The tuple of a layer was asked for an attribute of a tensor. `hasattr` returns False, as for any tuple."""
+
+
 class LayerOutput(tuple):
     """The output of a layer as a tuple. What means something only for a tensor raises an error that names the switch,
     as does what a tuple understands differently: `output * 2`, `output + output`, `output == 0`."""
@@ -32,7 +36,7 @@ class LayerOutput(tuple):
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(torch.Tensor, name) and not name.startswith("__"):
-            raise InputError(f"{_IS_TUPLE} Write `.output[0].{name}` for `.output.{name}`, {_OR_SWITCH}")
+            raise TensorAttributeError(f"{_IS_TUPLE} Write `.output[0].{name}` for `.output.{name}`, {_OR_SWITCH}")
         raise AttributeError(f"'tuple' object has no attribute {name!r}")
 
     def __reduce__(self) -> tuple[type, tuple]:

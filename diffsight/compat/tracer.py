@@ -24,7 +24,7 @@ from diffsight.compat.tracer_flow import to_tracer_flow
 from diffsight.engine.capture import advising
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_end import STOPPED
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 from diffsight.extending import Asked, Run, Target, flow_of, target_of, tree_of
 from diffsight.remote import is_on_server
 
@@ -230,14 +230,14 @@ class Tracer(TracerFunctions, Run):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and hasattr(torch.Tensor, name) and self._child(name) is None:
-            self._check_not_result(f"run.{name}")
+            self._check_not_result(f"run.{name}", PointNotFoundError)
         return super().__getattr__(name)
 
-    def _check_not_result(self, use: str) -> None:
-        """Raise InputError if the run generates and nobody has entered or begun it, so that its result is meant."""
+    def _check_not_result(self, use: str, kind: type[DiffsightError] = InputError) -> None:
+        """Raise an error if the run generates and nobody has entered or begun it, so that its result is meant."""
         flow = self._flow
         if self._generates and not (flow.is_entered or flow.has_begun or flow.outcome is not None):
-            raise InputError(
+            raise kind(
                 f"this is a run, which was used like its result ({use}): write `.result` after the call that opens it, "
                 "as in model.generate(...).result"
             )

@@ -6,7 +6,7 @@ from torch import nn
 
 import diffsight.compat as nnsight
 from compat.constants import TOKENS
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError
 from helpers import outputs
 from models import diffusion
 
@@ -102,7 +102,7 @@ def test_sessions_of_text(text_model):
 )
 def test_run_used_like_its_result(text_model, use):
     """nnsight's guide: "Without a `with`, `ids = model.generate(...)` just returns the ids"."""
-    with pytest.raises(InputError, match=r"as in model\.generate\(\.\.\.\)\.result"):
+    with pytest.raises(DiffsightError, match=r"as in model\.generate\(\.\.\.\)\.result"):
         use(text_model.generate(PROMPT, **TOKENS))
 
 
@@ -111,7 +111,7 @@ def test_texts_of_a_run_used_like_its_result(text_model):
     for decode in (text_model.tokenizer.decode, text_model.tokenizer.batch_decode):
         with pytest.raises(InputError, match=r"as in model\.generate\(\.\.\.\)\.result"):
             decode(ids)
-    assert ids.lm_head.path == ids["lm_head"].path == "model.lm_head"
+    assert ids.lm_head.path == ids["lm_head"].path == "model.lm_head" and not hasattr(ids, "shape")
     assert torch.equal(ids.result, text_model.generate(PROMPT, **TOKENS, trace=False))
     with text_model.generate(PROMPT, **TOKENS) as tracer:
         assert tracer.dtype == torch.float32 and len(tracer) == 2

@@ -134,6 +134,7 @@ def test_layer_used_as_a_tuple(model):
         hidden = out[0]
     longer, longest = (*out, 1), (0, hidden, 1)
     assert out + (1,) == longer and (0,) + out + (1,) == longest and (0, *out[:1], 1) == longest  # noqa: RUF005
+    assert not hasattr(out, "shape") and not hasattr(out, "dtype") and hasattr(out, "count")
     assert out == (hidden,) and out != () and out != None and {out: 1}[(hidden,)] == 1  # noqa: E711
     assert torch.equal(torch.cat(out), hidden) and torch.equal(torch.stack(out)[0], hidden) and hidden in out
 
