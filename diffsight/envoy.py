@@ -679,7 +679,7 @@ def handle_on(envoy: Points, target: Target, part: Selection | None = None) -> E
 def tell_of_child(tree: Tree, target: Target, name: str, distance: int = 3) -> None:
     """Warn, once for each name in a model, if a value that the user's code asks for has the name of a child module.
     `distance` is the number of calls between that code and this function."""
-    is_child = isinstance(target.owner, nn.Module) and target.owner._modules.get(name) is not None
+    is_child = isinstance(target.owner, nn.Module) and name in target.children()
     if is_child and name not in tree.told_names and not is_own_code(sys._getframe(distance).f_globals):
         tree.told_names.add(name)
         handle = in_run(target.path) if target.path else "run"
