@@ -407,8 +407,7 @@ class Envoy(Points):
 
     def _attached_child(self, name: str) -> Target | None:
         """Return the target of the module attached under a name, preferably in the current run."""
-        tree = self._tree
-        flow = self._run._flow if self._run is not None else tree.open_runs.innermost(tree)
+        tree, flow = self._tree, self._current_flow()
         found = None if flow is None else flow.tree.attached.find(self._owner, name)
         return found or tree.attached.find(self._owner, name)
 
@@ -424,8 +423,13 @@ class Envoy(Points):
 
     def _start_edits(self) -> bool:
         """Start the edits of the current run if they have not started: one of them may attach the requested module."""
-        flow = self._run._flow if self._run is not None else self._tree.open_runs.innermost(self._tree)
+        flow = self._current_flow()
         return flow is not None and flow.start_edits()
+
+    def _current_flow(self) -> Flow | None:
+        """Return the run that the handle is bound to, else the innermost open run of the model; None if there is
+        none."""
+        return self._run._flow if self._run is not None else self._tree.open_runs.innermost(self._tree)
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
@@ -462,10 +466,11 @@ class Envoy(Points):
 
     def _watch_modules_in(self, value: Any, path: str) -> None:
         """Raise an error at the end of the run if the body assigns values to modules that an object at `path` holds."""
-        envoys = {module: self._envoys()(module, "") for module in modules_themselves(value)}
+        envoy_of = self._envoys()
+        envoys = {module: envoy_of(module, "") for module in modules_themselves(value)}
         parts = [(module, part) for module in envoys for part in VALUES if not hasattr(module, part)]
         if parts:
-            flow = self._run._flow if self._run is not None else self._tree.open_runs.innermost(self._tree)
+            flow = self._current_flow()
             meant = {module: getattr(envoy, "path", "") for module, envoy in envoys.items()}
             checks = [partial(assigned_in_vain, *which, path, meant[which[0]]) for which in parts]
             flow.end_checks = [*flow.end_checks, *checks]

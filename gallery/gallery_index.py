@@ -60,9 +60,9 @@ def write_gallery(folder: str | Path) -> Path:
     check_writable(folder)
     found, shown = list(find_results(folder)), []
     with ThreadPoolExecutor() as workers:
-        for one, entry in zip(found, workers.map(partial(_entry_or_error, folder), found)):
+        for result, entry in zip(found, workers.map(partial(_entry_or_error, folder), found)):
             if isinstance(entry, Exception):
-                message = f"{one.path} is damaged, and the gallery leaves it out: {type(entry).__name__}: {entry}"
+                message = f"{result.path} is damaged, and the gallery leaves it out: {type(entry).__name__}: {entry}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             else:
                 shown.append(entry)

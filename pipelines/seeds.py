@@ -70,7 +70,7 @@ def have_drawn_alike(generators: Sequence[torch.Generator]) -> bool:
     numbers = torch.empty(_BLOCK_SIZE, dtype=torch.int32, device="cpu")
     for _ in range(_MOST_BLOCKS):
         if torch.equal(replayed[0].get_state()[_BLOCK], states[0][_BLOCK]):
-            return all(torch.equal(one.get_state()[_BLOCK], state[_BLOCK]) for one, state in zip(replayed, states))
+            return all(torch.equal(drawn.get_state()[_BLOCK], state[_BLOCK]) for drawn, state in zip(replayed, states))
         for one in replayed:
             numbers.random_(generator=one)
     return True

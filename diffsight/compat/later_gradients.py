@@ -260,7 +260,7 @@ def _is_freed(tensor: torch.Tensor) -> bool:
     waiting = [*_freed.get()]
     seen = {*waiting}
     for node in waiting:
-        inner = {one for one, _ in node.next_functions if one is not None} - seen
+        inner = {earlier for earlier, _ in node.next_functions if earlier is not None} - seen
         seen |= inner
         waiting += inner
     return tensor.grad_fn in seen

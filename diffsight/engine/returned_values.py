@@ -149,6 +149,7 @@ def _result(called: Any, arguments: list[Any], levels: int) -> Any:
     if kind is not None:
         if kind is dict and name == "setdefault" and len(arguments) == 2:
             return arguments[1] if type(arguments[1]) in _METHODS else UNSET
-        return None if any(issubclass(kind, one) and name in names for one, names in _METHODS.items()) else UNSET
+        is_known = any(issubclass(kind, container) and name in names for container, names in _METHODS.items())
+        return None if is_known else UNSET
     given = len(arguments) + 1  # the object of a method counts
     return None if isinstance(called, FunctionType) and returns_nothing(called, given, levels - 1) else UNSET

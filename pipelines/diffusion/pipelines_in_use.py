@@ -15,7 +15,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from threading import Lock, current_thread
 from types import FrameType, MethodType
 from typing import Any
@@ -174,7 +173,7 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 def _changes(parts: list[Any]) -> Iterator[tuple[Any, str, Callable]]:
     """Yield the methods to change: their classes or objects, their names, and how to change them."""
     vaes = {vae for held in filter(is_pipeline, parts) for vae in upcast_parts(held).values()}
-    yield from ((vae, "to", partial(_converting, vae)) for vae in vaes)
+    yield from ((vae, "to", functools.partial(_converting, vae)) for vae in vaes)
     if vaes:
         yield ModelMixin, "dtype", _seen_by_each_run
     for part in parts:

@@ -201,9 +201,8 @@ class ProgressBars:
 
     def _watching(self, progress_bar: Callable[..., Any]) -> Callable[..., Any]:
         """Return the `progress_bar` method of a pipeline, with bars that tell when they are closed."""
-        progress_bar = getattr(
-            progress_bar, "unwatched", progress_bar
-        )  # of a copy of a pipeline whose bars are watched
+        # A copy of a pipeline whose bars are watched has the method that watches them.
+        progress_bar = getattr(progress_bar, "unwatched", progress_bar)
 
         def watching(*args: Any, **kwargs: Any) -> Any:
             bar = progress_bar(*args, **kwargs)
