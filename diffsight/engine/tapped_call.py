@@ -33,6 +33,7 @@ from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import DiffsightError, warn_user
 
 _known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
+_CHANGEABLE = frozenset({Tensor, Parameter, tuple, list, dict})
 _NONE: dict = {}  # shared by taps without entries, which replace it with a dictionary of their own; never changed
 
 
@@ -501,11 +502,13 @@ def _versions(args: Sequence, kwargs: dict) -> list[int]:
     versions = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
+        if kind not in _CHANGEABLE:  # most arguments of many calls
+            continue
         if kind is Tensor or kind is Parameter:
             try:
                 versions.append(value._version)
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                 continue
-        elif kind is tuple or kind is list or kind is dict:
+        else:
             versions += [len(value), *(_versions((), value) if kind is dict else _versions(value, _NONE))]
     return versions
