@@ -256,8 +256,11 @@ def parse_source(frame: FrameType, instruction: int) -> tuple[ast.Module, Span]:
     """
     code, place = frame.f_code, f"{frame.f_code.co_filename}:{frame.f_lineno}"
     from_code = getattr(linecache, "_getlines_from_code", lambda code: [])  # python -c, from Python 3.13
-    lines = from_code(code) or linecache.getlines(code.co_filename, frame.f_globals)
-    if not lines or (code.co_filename == "<string>" and not _is_source(lines, code)):
+    found = [from_code(code), linecache.getlines(code.co_filename, frame.f_globals)]
+    if code.co_filename == "<string>":  # of `exec` and `python -c` alike
+        found = [lines for lines in found if _is_source(lines, code)]
+    lines = next(filter(None, found), None)
+    if lines is None:
         raise SourceError(f"the source at {place} cannot be read, so the block there cannot be deferred")
     line, end_line, column, end_column = list(code.co_positions())[instruction]
     if column is None:
@@ -292,7 +295,7 @@ def _find(frame: FrameType) -> tuple[ast.Module, ast.With, ast.withitem]:
 
 
 def _is_source(lines: list[str], code: CodeType) -> bool:
-    """Return whether code was compiled from these lines: `exec` and `python -c` use the same file name."""
+    """Return whether code was compiled from these lines."""
     try:
         compiled = [compile("".join(lines), code.co_filename, "exec", dont_inherit=True)]
     except SyntaxError:

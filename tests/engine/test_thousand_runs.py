@@ -58,4 +58,4 @@ def test_a_thousand_runs_leave_nothing():
     tracemalloc.stop()
     assert footprint(net) == hooked and not tree_of(model).open_runs.open()
     assert not held  # no tensor of any run is kept
-    assert size < 100_000, f"{size} bytes more than before a thousand runs"
+    assert size < 200_000, f"{size} bytes more than before a thousand runs"
