@@ -159,7 +159,7 @@ def test_the_packages_are_attributes():
         (["lens", "a cat", "--guidance-scale", "3"], "An argument of the pipeline is written --set guidance_scale=3"),
         (["lens", "a cat", "--num_inference_steps=3"], "Write --steps 3"),
         (["lens", "a cat", "--devise", "cpu"], "(did you mean --device?)"),
-        (["check", "diffsight/shapes-clip", "--steps", "2"], "is written num_inference_steps=2"),
+        (["check", "diffsight/shapes-clip", "--steps=2"], "is written num_inference_steps=2"),
         (["logit_lens", "a cat"], "(did you mean 'logit-lens'"),
         (["diffusion_lens", "a cat"], "(did you mean 'lens'?)"),
         (["list"], "(did you mean 'models'?)"),
