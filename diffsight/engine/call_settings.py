@@ -113,7 +113,7 @@ def _own_forwards(modules: Sequence[nn.Module], dicts: Sequence[dict]) -> list[i
 
 def _children_of(modules: Iterable[nn.Module]) -> list[int]:
     """Return the ids of the modules directly in each of some modules."""
-    return [*map(id, chain.from_iterable(map(_values_of, map(_modules_of, modules))))]
+    return [*map(id, chain.from_iterable(map(_values_of, filter(None, map(_modules_of, modules)))))]  # most have none
 
 
 def kinds_of(arguments: tuple[tuple, dict], total: int) -> tuple:
