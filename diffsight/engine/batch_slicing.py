@@ -60,6 +60,10 @@ class Selection:
         """Return this part of `value`."""
         raise NotImplementedError
 
+    def separate(self, value: Any, path: object) -> Any:
+        """Return `value` with copies of the tensors in which a change of this part would change something else too."""
+        return value
+
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         """Return `whole` with `value` as this part of it.
 
@@ -90,6 +94,15 @@ class Part(Selection):
         if isinstance(value, torch.Tensor):
             return value[self._slice(value, path)]
         return tree_map(lambda leaf: self._take(leaf, path), value)
+
+    def separate(self, value: Any, path: object) -> Any:
+        is_tensor = isinstance(value, torch.Tensor)
+        if self.total == 1 or not any(map(_may_share_memory, [value] if is_tensor else tree_leaves(value))):
+            return value
+        return _own_copy(value) if is_tensor else tree_map(self._separate, value)
+
+    def _separate(self, leaf: Any) -> Any:
+        return _own_copy(leaf) if _may_share_memory(leaf) and self._is_batch(leaf) else leaf
 
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
@@ -185,6 +198,10 @@ class TracedPart(Part):
         self._look_at(value, path)
         return super().take(value, path)
 
+    def separate(self, value: Any, path: object) -> Any:
+        self._look_at(value, path)
+        return super().separate(value, path)
+
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         self._look_at(whole, path)
         return super().put(whole, value, path, copies)
@@ -219,6 +236,32 @@ class TracedPart(Part):
                 f"the batch of {self.total}. Read or assign it on the run itself"
             )
         return super()._slice(tensor, path)
+
+
+def _may_share_memory(leaf: Any) -> bool:
+    """Whether a leaf is a tensor whose rows may share memory with each other, as after `expand`."""
+    if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or leaf.is_nested:
+        return False
+    if leaf.is_contiguous() or leaf.ndim == 0 or leaf.shape[0] < 2:
+        return False
+    step = leaf.stride(0)
+    others = sorted((stride, size) for stride, size in zip(leaf.stride()[1:], leaf.shape[1:]) if stride)
+    reach = sum(stride * (size - 1) for stride, size in others if stride < step)
+    if reach >= step:
+        return True
+    reach += step * (leaf.shape[0] - 1)
+    for stride, size in others:
+        if stride >= step and size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy of a tensor for the model to continue with, whatever the modes of the body."""
+    with torch.inference_mode(tensor.is_inference()), torch.set_grad_enabled(tensor.requires_grad):
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _is_nested(leaf: Any) -> bool:
@@ -310,6 +353,9 @@ class Indexed(Selection):
 
     def at(self, tap: Tapped, index: int, path: object) -> "Indexed":
         return self if self.of is None else Indexed(self.index, self.of.at(tap, index, path))
+
+    def separate(self, value: Any, path: object) -> Any:
+        return value if self.of is None else self.of.separate(value, path)
 
     def take(self, value: Any, path: object) -> Any:
         value = value if self.of is None else self.of.take(value, path)

@@ -108,6 +108,9 @@ class WholeBatch(Part):
     def take(self, value: Any, path: object) -> Any:
         return value
 
+    def separate(self, value: Any, path: object) -> Any:
+        return value
+
     def _is_batch(self, tensor: torch.Tensor) -> bool:
         return True
 

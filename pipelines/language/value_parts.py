@@ -114,6 +114,12 @@ class Within(ValuePart):
     def take(self, value: Any, path: object) -> Any:
         return self.inner.take(self.outer.take(value, path), path)
 
+    def separate(self, value: Any, path: object) -> Any:
+        value = self.outer.separate(value, path)
+        part = self.outer.take(value, path)
+        own = self.inner.separate(part, path)
+        return value if own is part else self.outer.put(value, own, path, {})
+
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         part = self.outer.take(whole, path)
         return self.outer.put(whole, self.inner.put(part, value, path, copies), path, copies)

@@ -72,6 +72,87 @@ def test_inputs_of_several_entries_and_a_tensor_as_batch(net, inputs):
         assert len(run.rows) == 2
 
 
+class Queries(nn.Module):
+    """A value whose rows share their memory, which is a weight's unless it is computed."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.queries = nn.Parameter(torch.randn(1, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        expanded = (self.queries * 1 if self.kind == "computed" else self.queries).expand(len(x), -1)
+        return {"x": x, "queries": expanded} if self.kind == "dictionary" else expanded
+
+
+class AddQueries(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.last = Queries(kind), nn.Linear(4, 4)
+        self.same = nn.Identity()
+
+    def forward(self, x):
+        queries = self.queries(x)
+        return self.last(x + self.same(queries["queries"] if self.queries.kind == "dictionary" else queries))
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+@pytest.mark.parametrize("kind", ["tensor", "dictionary"])
+def test_rows_that_share_memory_are_edited_one_by_one(kind, has_gradients, inputs):
+    net, factors = AddQueries(kind), torch.tensor([[1.0], [2.0], [1.0]])
+    weight = net.queries.queries.clone()
+    expected = net.last(torch.cat(inputs) + weight * factors)
+    with torch.set_grad_enabled(has_gradients), Model(net).trace(inputs, grad=has_gradients) as run:
+        rows = [row.queries.output for row in run.rows]
+        row = rows[1]["queries"] if kind == "dictionary" else rows[1]
+        row.mul_(2)
+        if has_gradients:
+            run.backward(run.output.sum())
+    assert torch.allclose(run.result, expected, atol=1e-6)
+    assert torch.equal(net.queries.queries, weight)
+    if has_gradients:
+        assert torch.allclose(net.queries.queries.grad, net.last.weight.sum(0, keepdim=True) * 4, atol=1e-5)
+
+
+def test_inputs_that_share_memory_and_functions_of_each(inputs):
+    net = AddQueries("tensor")
+    x, queries = torch.cat(inputs), net.queries.queries
+    expected = net.last(x + queries * torch.tensor([[1.0], [2.0], [3.0]])).detach()
+
+    def multiply(row):
+        row.same.input[:] *= row.index + 1
+
+    with torch.no_grad(), Model(net).trace(inputs) as run:
+        run.each(multiply)
+    assert torch.allclose(run.result, expected, atol=1e-6)
+    with torch.no_grad(), Model(net).trace(inputs) as run:
+        for row in run.rows:
+            multiply(row)
+    assert torch.allclose(run.result, expected, atol=1e-6)
+    windows = torch.arange(5.0).unfold(0, 4, 1)  # two rows that overlap
+    expected = net.last(torch.stack([windows[0], windows[1] * 2]) + queries).detach()
+    with torch.no_grad(), Model(net).trace(windows.as_strided((2, 4), (1, 1))) as run:
+        run.rows[1].input[:] *= 2
+    assert torch.allclose(run.result, expected, atol=1e-6)
+
+
+def test_changes_beside_rows_that_shared_memory_are_errors(inputs):
+    with pytest.raises(OutOfOrderError, match="continues with a copy"), torch.no_grad():
+        with Model(AddQueries("computed")).trace(inputs) as run:
+            whole, row = run.queries.output, run.rows[1].queries.output
+            whole[0] *= 2
+    net = AddQueries("tensor")
+    before = net.queries.queries.clone()
+    with pytest.raises(OutOfOrderError, match="changed in place too late"), torch.no_grad():
+        with Model(net).trace(inputs) as run:
+            whole = run.queries.output
+            run.same.output
+            row = run.rows[1].queries.output
+            row *= 2
+    assert torch.equal(net.queries.queries, before)
+
+
 def test_an_edit_in_place_reaches_one_row(net, inputs):
     with Model(net).trace(inputs) as run:
         run.rows[1].second.output[:] = 0
