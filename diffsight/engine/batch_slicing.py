@@ -32,6 +32,15 @@ class Tapped(Protocol):
     step_base: int  # calls begun before the current step
 
 
+class Assigned(Protocol):
+    """What is assigned, as errors speak of it; its text also has the line. See `diffsight.engine.points.Assignment`."""
+
+    name: str  # the path, as the user writes it
+
+    def item(self, key: object) -> "Assigned":
+        """Return what is assigned to an item of the value."""
+
+
 class Selection:
     """A part of a value. This base class selects the same part in every call.
 
@@ -64,7 +73,7 @@ class Selection:
         """Return `value` with copies of the tensors in which a change of this part would change something else too."""
         return value
 
-    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+    def put(self, whole: Any, value: Any, path: Assigned, copies: dict[int, torch.Tensor]) -> Any:
         """Return `whole` with `value` as this part of it.
 
         Tensors in `whole` are not changed in place, except those listed in `copies` (keyed by id): these are private
@@ -104,14 +113,14 @@ class Part(Selection):
     def _separate(self, leaf: Any) -> Any:
         return _own_copy(leaf) if _may_share_memory(leaf) and self._is_batch(leaf) else leaf
 
-    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+    def put(self, whole: Any, value: Any, path: Assigned, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise wrong_type(path, whole, value)
         if isinstance(whole, torch.Tensor):
             return self._put_in_tensor(whole, value, path, copies)
         return self._put_in_container(whole, value, path, copies)
 
-    def _put_in_container(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+    def _put_in_container(self, whole: Any, value: Any, path: Assigned, copies: dict[int, torch.Tensor]) -> Any:
         if value is UNCHANGED:
             return whole
         wholes, tree = _one_level(whole)
@@ -128,7 +137,8 @@ class Part(Selection):
             raise AssignmentError(
                 f"{path} holds {len(wholes)} values; it cannot take a {type(value).__name__} of {len(values)}"
             )
-        put = [self._put_in_container(w, v, path, copies) for w, v in zip(wholes, values)]
+        keys = whole if isinstance(whole, Mapping) else range(len(wholes))
+        put = [self._put_in_container(w, v, path.item(key), copies) for key, w, v in zip(keys, wholes, values)]
         return tree_unflatten(put, tree)
 
     def _take(self, leaf: Any, path: object) -> Any:
@@ -144,7 +154,7 @@ class Part(Selection):
 
     def _put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
-            raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
+            raise wrong_type(path, whole, value)
         if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
             if self.total == 1 and not isinstance(whole, torch.Tensor):
                 return value
@@ -202,7 +212,7 @@ class TracedPart(Part):
         self._look_at(value, path)
         return super().separate(value, path)
 
-    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+    def put(self, whole: Any, value: Any, path: Assigned, copies: dict[int, torch.Tensor]) -> Any:
         self._look_at(whole, path)
         return super().put(whole, value, path, copies)
 
@@ -316,12 +326,12 @@ def _check_shared(whole: Any, value: Any, path: object) -> None:
         )
 
 
-def wrong_type(path: object, before: Any, value: Any) -> AssignmentError:
+def wrong_type(path: Assigned, before: Any, value: Any) -> AssignmentError:
     """Return the error for a value that cannot take the place of `before`; it says what to write instead."""
     if isinstance(before, torch.Tensor) and isinstance(value, (bool, int, float)):
-        name = str(path).partition(" ")[0]
+        every = "[:]" if before.ndim else "[()]"
         return AssignmentError(
-            f"{path} is a Tensor; it cannot take the number {value}. To fill it, write {name}[:] = {value}"
+            f"{path} is a Tensor; it cannot take the number {value}. To fill it, write {path.name}{every} = {value}"
         )
     hint = ""
     if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 from weakref import ref
 
@@ -161,14 +162,25 @@ class Assignment:
     first: int = 0  # the number of the call is counted from here
     order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
     has_gradients: bool = True  # whether gradients were on where it was assigned
+    within: str = ""  # the part of the value that is meant, such as `[1]`
 
     @property
     def part(self) -> str:
         """The part of the call that is assigned: "inputs", "input" or "output"."""
         return self.asked.part
 
+    @property
+    def name(self) -> str:
+        """The path of what is assigned, as the user writes it."""
+        return f"{self.asked}{self.within}"
+
     def __str__(self) -> str:
-        return f"{self.asked} ({self.where})"
+        return f"{self.name} ({self.where})"
+
+    def item(self, key: object) -> "Assignment":
+        """Return the assignment to an item of the value, for errors about it."""
+        shown = f'"{key}"' if isinstance(key, str) else repr(key)
+        return replace(self, within=f"{self.within}[{shown}]")
 
     def call_of(self, tap: Tapped) -> int:
         """Return the number of the intended call, as far as is known now."""
@@ -190,42 +202,43 @@ class Assignment:
         if is_watched and (_loses_gradients(before, self.value) or _loses_gradients(before, value)):
             raise AssignmentError(f"{self} {LEFT_OUT}")
         point.replace(part, value)
-        return f"{self} {difference}" if difference else None
+        return difference
 
     def _difference(self, before: Any, value: Any) -> str | None:
-        """Describe how a value differs in shape or type from the model's own; None if it does not.
+        """Say how a value differs in shape or type from the model's own; None if it does not.
 
         Raises AssignmentError if the point can never take it, or if it would be broadcast unintentionally."""
         if isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
             raise wrong_type(self, before, value)
         if not isinstance(before, torch.Tensor):
-            differences = [self._difference(*pair) for pair in _parts_of_both(before, value)]
+            differences = [self.item(key)._difference(*pair) for key, *pair in _parts_of_both(before, value)]
             return next(filter(None, differences), None)
         difference = _difference(before, value)
         if difference and before.ndim != value.ndim:
             raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
         if _shape(before) != _shape(value) and _is_broadcast(value, before):
             raise AssignmentError(f"{self} {difference}. To repeat the value, write value.expand(...)")
-        return difference
+        return f"{self} {difference}" if difference else None
 
 
-def _parts_of_both(before: Any, value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the tensors and containers that a container holds, each with its counterpart in another one."""
-    pairs: Iterable[tuple[Any, Any]] = ()
+def _parts_of_both(before: Any, value: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield the tensors and containers that a container holds: the key of each, itself, and its counterpart in another
+    one."""
+    items: Iterable[tuple[Any, Any, Any]] = ()
     if isinstance(before, Mapping) and isinstance(value, Mapping):
-        pairs = ((own, value.get(name)) for name, own in before.items())
+        items = ((name, own, value.get(name)) for name, own in before.items())
     elif isinstance(before, (tuple, list)) and isinstance(value, (tuple, list)):
-        pairs = zip(before, value)
-    for own, other in pairs:
+        items = zip(count(), before, value)
+    for key, own, other in items:
         if other is not None and isinstance(own, (torch.Tensor, Mapping, tuple, list)):
-            yield own, other
+            yield key, own, other
 
 
 def _loses_gradients(before: Any, value: Any) -> bool:
     """Whether a tensor without gradients takes the place of one with gradients."""
     if isinstance(before, torch.Tensor) and isinstance(value, torch.Tensor):
         return before.requires_grad and not value.requires_grad
-    return any(_loses_gradients(*pair) for pair in _parts_of_both(before, value))
+    return any(_loses_gradients(own, other) for _, own, other in _parts_of_both(before, value))
 
 
 def first_input(inputs: tuple[tuple, dict], path: object) -> Any:

@@ -241,14 +241,14 @@ def test_a_call_of_the_body_in_between():
     "change, told",
     [
         (lambda made: made.update(b=torch.zeros(2, 4)), r"has the shape \(1, 4\), not \(2, 4\)"),
-        (lambda made: made.update(b=None), "holds a Tensor where a NoneType was assigned"),
+        (lambda made: made.update(b=None), "is a Tensor; it cannot take a NoneType"),
         (lambda made: made.update(c=NEW), r"holds \['a', 'b'\]; it cannot take \['a', 'b', 'c'\]"),
         (lambda made: made.pop("b"), r"holds \['a', 'b'\]; it cannot take \['a'\]"),
     ],
 )
 def test_what_a_row_cannot_take(change, told):
     net = Net()
-    with pytest.raises(AssignmentError, match=rf"rows\[1\].making.output \(.*test_items_of_rows.*\) {told}"):
+    with pytest.raises(AssignmentError, match=rf"rows\[1\].making.output\S* \(.*test_items_of_rows.*\) {told}"):
         with Model(net).trace(torch.randn(2, 4)) as run:
             change(run.rows[1].making.output)
     assert "forward" not in vars(net.making) and not net.making._forward_pre_hooks

@@ -1,8 +1,12 @@
 """A value that cannot stand at a point is an error at the user's line, and rows leave alone what was read."""
 
+import re
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from diffsight import Model
 from diffsight.errors import AssignmentError, InputError
@@ -117,6 +121,68 @@ def test_a_container_with_a_value_that_would_only_fit_by_broadcasting(key, value
     with pytest.raises(AssignmentError, match=told):
         with torch.no_grad(), Model(Sum()).trace(torch.zeros(2, 4)) as run:
             run.pair.output = {"key": key, "more": ({"value": value},)}
+
+
+class Kinds(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x, *, mask):
+        if self.kind == "tuple":
+            return x, (x.sum(), x.sum(1))
+        values = {"hidden_states": x, "total": (x.sum(), x.sum(1))}
+        return values if self.kind == "dict" else Hidden(**values)
+
+
+@dataclass
+class Hidden(ModelOutput):
+    hidden_states: torch.Tensor | None = None
+    total: tuple | None = None
+
+
+class AroundKinds(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.part = Kinds(kind)
+
+    def forward(self, x):
+        return self.part(x, mask=x > 0)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "output"])
+def test_refusals_name_the_part(kind):
+    x, first, second = torch.randn(3, 4), *((0, 1) if kind == "tuple" else ("hidden_states", "total"))
+    shown = [f"[{key}]" if kind == "tuple" else f'["{key}"]' for key in (first, second)]
+
+    def made(hidden, total):
+        one = (hidden, total) if kind == "tuple" else {first: hidden, second: total}
+        return Hidden(**one) if kind == "output" else one
+
+    cases = [
+        (made(0.5, (x.sum(), x.sum(1))), f"part.output{shown[0]}", f"write part.output{shown[0]}[:] = 0.5"),
+        (made(x, (1, x.sum(1))), f"part.output{shown[1]}[0]", f"write part.output{shown[1]}[0][()] = 1"),
+        (made(x, (x.sum(), x[:1, 0])), f"part.output{shown[1]}[1]", "has the shape (3,), but (1,) was assigned"),
+    ]
+    for value, name, advice in cases:
+        with pytest.raises(AssignmentError, match=re.escape(advice)) as caught, torch.no_grad():
+            with Model(AroundKinds(kind)).trace(x) as run:
+                run.part.output = value
+        assert str(caught.value).startswith(f"{name} (")
+        if "write part" in advice:  # it is right
+            with torch.no_grad(), Model(AroundKinds(kind)).trace(x) as run:
+                exec(advice.replace("write part", "run.part"), {"run": run})
+    with (
+        pytest.raises(AssignmentError, match=r'^part.inputs\[1\]\["mask"\] .* has the shape \(3, 4\)'),
+        torch.no_grad(),
+    ):
+        with Model(AroundKinds(kind)).trace(x) as run:
+            run.part.inputs = (x,), {"mask": torch.ones(1, 4, dtype=torch.bool)}
+    with pytest.raises(
+        AssignmentError, match=rf"^rows\[1\].part.output{re.escape(shown[0])} .* has the shape \(1, 4\)"
+    ):
+        with torch.no_grad(), Model(AroundKinds(kind)).trace([x, x[:1]]) as run:
+            run.rows[1].part.output = made(x[:1, :2], (x.sum(), x.sum(1)))
 
 
 def test_a_tuple_is_no_row_of_a_dictionary():
