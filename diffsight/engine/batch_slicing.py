@@ -20,6 +20,7 @@ from diffsight.engine.opaque_values import CacheOfAllRows, holds_tensors, is_cac
 from diffsight.engine.target import Target
 from diffsight.errors import AssignmentError, InputError
 
+_SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 UNCHANGED = object()  # stands in an assigned container for an item that stays as it is
 
 
@@ -101,13 +102,14 @@ class Part(Selection):
     def take(self, value: Any, path: object) -> Any:
         """Return this part of `value`: a view of a tensor; containers element by element."""
         if isinstance(value, torch.Tensor):
-            return value[self._slice(value, path)]
+            return value[self._slice_of(value, path)]
         return tree_map(lambda leaf: self._take(leaf, path), value)
 
     def separate(self, value: Any, path: object) -> Any:
         is_tensor = isinstance(value, torch.Tensor)
         if self.total == 1 or not any(map(_may_share_memory, [value] if is_tensor else tree_leaves(value))):
             return value
+        self._look_at(value, path)
         return _own_copy(value) if is_tensor else tree_map(self._separate, value)
 
     def _separate(self, leaf: Any) -> Any:
@@ -143,7 +145,7 @@ class Part(Selection):
 
     def _take(self, leaf: Any, path: object) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return leaf[self._slice(leaf, path)] if self._is_batch(leaf) else leaf
+            return leaf[self._slice_of(leaf, path)] if self._is_batch(leaf) else leaf
         if self.total == 1 or not holds_tensors(leaf):
             return leaf
         if is_cache(leaf):
@@ -165,7 +167,7 @@ class Part(Selection):
     def _put_in_tensor(
         self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: dict[int, torch.Tensor]
     ) -> torch.Tensor:
-        part = self._slice(whole, path)
+        part = self._slice_of(whole, path)
         if value.shape != whole[part].shape:
             raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
         _check_kind(whole, value, path)
@@ -184,6 +186,14 @@ class Part(Selection):
         raises an error."""
         is_second = tensor.ndim == 3 and tensor.shape[1] == self.total
         return tensor.ndim > 0 and (tensor.shape[0] > 1 or self.total == 1 or is_second)
+
+    def _look_at(self, value: Any, path: object) -> None:
+        """Called with a value before its tensors are looked at one by one."""
+
+    def _slice_of(self, tensor: torch.Tensor, path: object) -> slice:
+        if tensor.layout in _SPARSE:
+            raise _uncuttable(path, "sparse")
+        return self._slice(tensor, path)
 
     def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         if tensor.ndim == 0 or tensor.shape[0] != self.total:
@@ -208,10 +218,6 @@ class TracedPart(Part):
         self._look_at(value, path)
         return super().take(value, path)
 
-    def separate(self, value: Any, path: object) -> Any:
-        self._look_at(value, path)
-        return super().separate(value, path)
-
     def put(self, whole: Any, value: Any, path: Assigned, copies: dict[int, torch.Tensor]) -> Any:
         self._look_at(whole, path)
         return super().put(whole, value, path, copies)
@@ -219,9 +225,7 @@ class TracedPart(Part):
     def _look_at(self, value: Any, path: object) -> None:
         is_nested = value.is_nested if type(value) is torch.Tensor else any(map(_is_nested, tree_leaves(value)))
         if is_nested:
-            raise InputError(
-                f"{path} is a nested tensor, which cannot be cut into rows. Read or assign it on the run itself"
-            )
+            raise _uncuttable(path, "nested")
         found, self._why_unknown = batch_dimensions(self._tap, self._index, self._part, value, self.total)
         if found is None:
             self._found = None
@@ -278,14 +282,20 @@ def _is_nested(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_nested
 
 
+def _uncuttable(path: object, kind: str) -> InputError:
+    return InputError(f"{path} is a {kind} tensor, which cannot be cut into rows. Read or assign it on the run itself")
+
+
 def _check_kind(whole: torch.Tensor, value: torch.Tensor, path: object) -> None:
-    """Raise AssignmentError if a row cannot hold a value: if it is on another device, or of a type that would lose
-    something, such as a fraction. Among floating-point types, a row takes any, as in PyTorch."""
+    """Raise AssignmentError if a row cannot hold a value: if it is on another device, sparse, or of a type that would
+    lose something, such as a fraction. Among floating-point types, a row takes any, as in PyTorch."""
     if value.device != whole.device and not whole.is_meta:
         raise AssignmentError(
             f"{path} is on {whole.device}; it cannot take a tensor on {value.device}. Move that with "
             f"value.to({str(whole.device)!r})"
         )
+    if value.layout in _SPARSE:
+        raise AssignmentError(f"{path} cannot take a sparse tensor. Convert that with value.to_dense()")
     if value.dtype is not whole.dtype and not _holds(whole.dtype, value.dtype):
         raise AssignmentError(
             f"{path} is a tensor of {whole.dtype}; it cannot take one of {value.dtype}. Convert that with "

@@ -232,6 +232,36 @@ def test_nested_tensors_between_layers():
                 run.layers[0].output = x[..., None]
 
 
+class Sparse(nn.Module):
+    def forward(self, x, mixing):
+        return (mixing @ x).relu().to_sparse()
+
+
+class AroundSparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.sparse, self.after = nn.Linear(4, 4), Sparse(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.after(self.sparse(self.before(x), torch.eye(len(x)).to_sparse()).to_dense())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_sparse_tensors_between_layers(rows):
+    net, inputs = AroundSparse(), list(torch.randn(rows, 1, 4))
+    with torch.no_grad():
+        for use in (lambda row: row.sparse.output, lambda row: setattr(row.sparse, "output", torch.zeros(1, 4))):
+            with pytest.raises(InputError, match=r"sparse.output.* is a sparse tensor, which cannot be cut into rows"):
+                with Model(net).trace(inputs) as run:
+                    use(run.rows[-1])
+        with pytest.raises(AssignmentError, match=r"before.output .* cannot take a sparse tensor"):
+            with Model(net).trace(inputs) as run:
+                run.rows[-1].before.output = torch.zeros(1, 4).to_sparse()
+        with Model(net).trace(inputs) as run:
+            run.sparse.output = (run.sparse.output.to_dense() * 2).to_sparse()
+        assert torch.allclose(run.result, net.after(net.before(torch.cat(inputs)).relu() * 2), atol=1e-6)
+
+
 class TakesAList(nn.Module):
     def __init__(self):
         super().__init__()
