@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch._C._autograd import CreationMeta, _get_creation_meta
 
 from diffsight.errors import AssignmentError
 from diffsight.extending import INPUTS, OUTPUT, Tap
@@ -54,8 +55,15 @@ class WithValueOf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, by_hand: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
-        return fused.view_as(fused)
+        return fused.detach()  # PyTorch refuses in-place changes of a view that an autograd function returns
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
+
+
+def can_change_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or if it is a view that PyTorch lets nobody change in place, such as a part from `split`, the
+    same memory on the graph without being a view."""
+    is_fixed = tensor.requires_grad and tensor._base is not None and _get_creation_meta(tensor) != CreationMeta.DEFAULT
+    return WithValueOf.apply(tensor, tensor) if is_fixed else tensor

@@ -69,6 +69,8 @@ class FusedCall:
         for module in self.modules:
             module.through("attention_product", product)
         output = self._output(product, lambda: func(q, k, v, **self.rest))
+        if output.requires_grad and any(module.wants("heads_output") for module in self.modules):
+            output = output.clone()  # the kernel keeps its own output for the backward pass, so nobody may change it
         output = let_through(self.modules, "heads_output", output, self.layout)
         for module in self.modules:
             module.end_product()

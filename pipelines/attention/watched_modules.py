@@ -11,7 +11,7 @@ import torch
 from diffsight.errors import InputError
 from diffsight.extending import Tap
 from diffsight.pipelines.attention.heads_layout import HeadsLayout
-from diffsight.pipelines.attention.passing_values import is_wanted, pass_value
+from diffsight.pipelines.attention.passing_values import can_change_in_place, is_wanted, pass_value
 
 VALUES = ("q", "k", "v", "attention_product", "attention_probs", "heads_output")
 
@@ -98,7 +98,7 @@ def let_through(modules: list[Watched], value: str, tensor: torch.Tensor, layout
         return tensor
     by_token = value != "attention_probs"
     shown = layout.view(tensor)
-    shown = shown.transpose(1, 2) if by_token else shown
+    shown = can_change_in_place(shown.transpose(1, 2) if by_token else shown)
     given = shown
     for module in modules:
         given = module.through(value, given)

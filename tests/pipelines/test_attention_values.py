@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch.overrides import TorchFunctionMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from diffsight import DiffusionModel
+from diffsight import DiffusionModel, LanguageModel
 from diffsight.errors import AssignmentError, InputError, OutOfOrderError, PointNotFoundError
 from diffsight.pipelines.attention.attention_modules import attentions_in
 from helpers import SEED, draw, footprint
@@ -255,6 +256,37 @@ def test_gradients_through_the_pipeline(sd):
             run[ATTN].attention_probs = probs.detach() + size * direction
             losses.append(run.vae.decode.output[0].square().mean())
     assert torch.allclose((losses[0] - losses[1]) / 2e-4, (probs.grad * direction).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("read", [(), ("attention_probs",), ("q", "v"), ("q", "k", "v", "attention_probs")])
+def test_changes_in_place_where_gradients_are_on(read):
+    """Queries, keys and values are halves of tensors here, which PyTorch lets nobody change in place."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, bos_token_id=None, eos_token_id=None)
+    net, ids = GPT2LMHeadModel(config).eval(), torch.arange(12).reshape(2, 6)
+    attn, edited = net.transformer.h[1].attn, {"q", "v"} & {*read}
+
+    def scale(module, args, output):
+        q, k, v = output.split(16, -1)
+        return torch.cat([q * 3 if "q" in edited else q, k, v * 3 if "v" in edited else v], -1)
+
+    hooks = [attn.c_attn.register_forward_hook(scale)]
+    hooks += [attn.c_proj.register_forward_pre_hook(lambda _, args: args[0] * (torch.arange(16) >= 8))]
+    expected = net(ids).logits
+    expected.square().sum().backward()
+    gradient = attn.c_attn.weight.grad
+    net.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    with LanguageModel(net).trace(ids, grad=True) as run:
+        for name in read:
+            value = getattr(run, name)[1]
+            if name in edited:
+                value *= 3
+        run.heads_output[1][:, :, 0] = 0
+        run.logits.square().sum().backward()
+    assert torch.allclose(run.logits, expected, atol=1e-6)
+    assert torch.allclose(attn.c_attn.weight.grad, gradient, atol=1e-5)
 
 
 def test_a_module_with_several_products(sd):

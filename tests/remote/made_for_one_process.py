@@ -31,6 +31,7 @@ TESTS = {
     "test_assignments.py::test_too_late_after_a_read_is_an_error_and_changes_nothing": LATER,
     "test_attention_maps.py::test_a_given_image": COPIES,
     "test_attention_values.py::test_a_run_that_is_dropped_tells_that_there_may_be_several_products": OUTPUT,
+    "test_attention_values.py::test_changes_in_place_where_gradients_are_on": GRADIENTS,
     "test_attention_values.py::test_gradients_through_the_pipeline": GRADIENTS,
     "test_attentions.py::test_an_image_prompt": MODES,
     "test_attentions.py::test_positions_that_are_not_square": MODES,
