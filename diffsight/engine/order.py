@@ -179,6 +179,14 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError], ending: s
     )
 
 
+def call_failed(asked: Asked, failure: str) -> NeverReachedError:
+    """Return the error for an output that does not exist, since the call raised an error that the model caught."""
+    return NeverReachedError(
+        f"{asked} was asked for, but that call raised an error, which the model caught: {failure}. If the model calls "
+        "the module again, ask for that call with .calls[i]"
+    )
+
+
 def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], ending: str = "") -> OutOfOrderError:
     """Return the error for a point that a body waited for but that the model passes in another thread."""
     return kind(
@@ -197,12 +205,17 @@ def kept_in_thread(target: Target) -> OutOfOrderError:
 
 def never_reached(missed: Sequence[Assignment], ending: str) -> NeverReachedError:
     """Return the error for assignments that the model did not reach. `ending` says how it ended, if that is known."""
-    lines = "\n".join(f"  {assignment}" for assignment in missed)
+    failures = [f": the call raised {one.failure}" if one.failure else "" for one in missed]
+    lines = "\n".join(f"  {assignment}{failure}" for assignment, failure in zip(missed, failures))
     ended = f", and ended{ending}" if ending else ""
+    hint = (
+        "Does the model call the module in this run (or in this step), and at least as often as `.calls[i]` asks? "
+        "Calls in threads that the model starts are not seen"
+    )
+    if all(failures):
+        hint = "If the model calls the module again, assign to that call with `.calls[i]`"
     error = NeverReachedError(
-        f"these assignments were never reached:\n{lines}\nThe model ran without them{ended}. Does the model call the "
-        "module in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the "
-        "model starts are not seen"
+        f"these assignments were never reached:\n{lines}\nThe model ran without them{ended}. {hint}"
     )
     set_line(error, missed[0].where)
     return error

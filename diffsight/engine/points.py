@@ -162,6 +162,7 @@ class Assignment:
     first: int = 0  # the number of the call is counted from here
     order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
     has_gradients: bool = True  # whether gradients were on where it was assigned
+    failure: str = ""  # the error that the call has raised, if it has
     within: str = ""  # the part of the value that is meant, such as `[1]`
 
     @property

@@ -521,6 +521,8 @@ class Flow(RunEnd):
             if end is not None:
                 end[0].stop_awaiting(end[1], in_step)
         if point is None or point.tap is not tap:
+            if key[0] == OUTPUT and key[1] in tap.failures:
+                raise order.call_failed(asked, tap.failures[key[1]])
             raise self._not_reached(asked, point, scope)
         if tap.unseen and order.has_unseen_calls(tap, scope, self.clock.index):
             raise self._not_reached(asked, point, scope)

@@ -10,6 +10,7 @@ pass untouched. `hooks` routes the calls here.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from traceback import format_exception_only
 from typing import Any, Protocol
 
 from torch import Tensor, is_grad_enabled, nn
@@ -93,6 +94,7 @@ class Tap:
         "border",  # in a scan, for a component: the function that makes its calls
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
+        "failures",  # number of a call to the error that it raised
         "given",  # the inputs of the call at whose output the model stands
         "given_versions",  # how often each input had been changed in place when the call began, if asked for
         "hooks",  # other hooks that the run has put on the module
@@ -124,6 +126,7 @@ class Tap:
         self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = _NONE
         self.pending: dict[PointKey, list[Assignment]] = _NONE
         self.skips: dict[int, Assignment] = _NONE
+        self.failures: dict[int, str] = _NONE
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.given: tuple[tuple, dict] | None = None
         self.given_versions: list[int] | None = None
@@ -164,11 +167,21 @@ class Tap:
             versions = unseen(_versions, args, kwargs) if _len_torch_function_stack() else _versions(args, kwargs)
         try:
             output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
-        except BaseException:
+        except BaseException as error:
             self.active.remove(index)
+            self._note_failure(index, error)
             raise
         self.given_versions = versions
         return self.leave(output, (args, kwargs), has_hooks)
+
+    def _note_failure(self, index: int, error: BaseException) -> None:
+        """Note the error of a call. If the model catches it, the call has no output."""
+        if isinstance(error, Exception):
+            failure = format_exception_only(error)[0].strip()
+            self.failures = self.failures or {}
+            self.failures[index] = failure
+            for assignment in self.pending.get((OUTPUT, index), ()):
+                assignment.failure = failure
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Begin a call. Return new inputs, or None if they stay as they are."""

@@ -361,6 +361,32 @@ def test_a_module_whose_call_failed_and_was_caught(x):
     with Model(net).trace(x) as run, pytest.raises(OutOfOrderError, match=r"fast\.output"):
         run.fast.output
     assert torch.equal(run.result, net.slow(x))
+    told = (
+        r"fast\.inner\.output was asked for, but that call raised an error, which the model caught: RuntimeError: mat1"
+    )
+    with Model(net).trace(x) as run, pytest.raises(NeverReachedError, match=told):
+        run.fast.inner.output
+
+
+def test_a_module_that_is_called_again_after_its_call_failed(x):
+    def forward(self, x):
+        try:
+            return self.inner(x[:, :3])
+        except RuntimeError:
+            return self.inner(x)
+
+    net = Calling(forward, inner=linear())
+    with Model(net).trace(x) as run:
+        assert torch.equal(run.inner.calls[1].output, net.inner(x))
+    told = r"inner\.output \(.*\): the call raised RuntimeError: mat1 .*\n.*assign to that call with `\.calls\[i\]`"
+    with pytest.raises(NeverReachedError, match=told), Model(net).trace(x) as run:
+        run.inner.output = torch.zeros(2, 4)
+    with pytest.raises(NeverReachedError, match=r"(?s)the call raised .*at least as often"), Model(net).trace(x) as run:
+        run.inner.output = torch.zeros(2, 4)
+        run.inner.calls[2].output = torch.zeros(2, 4)
+    with Model(net).trace(x) as run:
+        run.inner.calls[1].output = torch.ones(2, 4)
+    assert torch.equal(run.result, torch.ones(2, 4))
 
 
 def test_inputs_that_the_call_has_changed_in_place():
