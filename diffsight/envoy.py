@@ -193,14 +193,21 @@ class Points:
         return self._target.path
 
     def __eq__(self, other: object) -> bool:
-        """Whether these are the points of the same calls, in the same run."""
+        """Whether these are the points of the same calls, in the same run, or `other` is the module that is called.
+
+        So `handle in modules` and `by_module[handle]` find the handles of a net's own modules. Handles of one module in
+        several runs or rows differ from each other."""
         if not isinstance(other, Points):
-            return NotImplemented
+            return True if self._is_of_module() and other is self._target.owner else NotImplemented
         is_same = self._tree is other._tree and self._run is other._run and self._part == other._part
         return is_same and self._target.key == other._target.key and self._call == other._call
 
     def __hash__(self) -> int:
-        return hash((self._target.key, self._call))
+        return hash(self._target.owner if self._is_of_module() else (self._target.key, self._call))
+
+    def _is_of_module(self) -> bool:
+        """Whether the points are those of a module as a whole: of its own calls, beginning with the first."""
+        return self._call == 0 and self._target.name == FORWARD and isinstance(self._target.owner, nn.Module)
 
     def __repr__(self) -> str:
         note = self._tree.note_on_values(self.path)

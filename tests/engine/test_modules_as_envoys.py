@@ -116,6 +116,42 @@ def test_a_row_can_be_iterated_over():
     assert torch.equal(run.result, torch.cat([net(X[:1]), ZERO[:1]]))
 
 
+CHOICES = {
+    "list": lambda chosen: lambda module: module in chosen,
+    "set": lambda chosen: lambda module: module in set(chosen),
+    "dict": lambda chosen: dict.fromkeys(chosen, True).get,
+    "ModuleList": lambda chosen: lambda module: module in nn.ModuleList(chosen),
+    "equality": lambda chosen: lambda module: any(module == one for one in chosen),
+}
+
+
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+def test_handles_are_found_among_the_modules_of_the_net(choose):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    is_chosen = choose([net[0], net[1]])
+    with torch.no_grad(), Model(net).trace([X[:1], X[1:]]) as run:
+        for _, module in run.named_modules():
+            if is_chosen(module):
+                module.output = ZERO
+        assert [*map(bool, map(is_chosen, run.rows[0]))] == [True, True, False]
+    assert torch.equal(run.result, net[2](ZERO))
+
+
+def test_equal_handles_have_equal_hashes(net):
+    net.alias = net.last
+    model = Model(net, methods=["new"])
+    with model.trace([X[:1], X[1:]]) as run, model.trace(X) as other:
+        handles = [model.last, model.alias, run.last, run.alias, run.rows[0].last, run.rows[1].last, other.last]
+        handles += [run.last.calls[0], run.last.calls[1], run.layers[0], run.layers, run.new]
+        for one in handles:
+            equal = [two for two in handles if one == two]
+            assert one in equal and {*map(hash, equal)} == {hash(one)}
+            assert dict.fromkeys(handles, 0) | {one: 1} == {two: int(two in equal) for two in handles}
+        assert run.last == run.alias == net.last == run.last.calls[0] and run.last.calls[1] != net.last
+        assert run.last != other.last and run.rows[0].last != run.rows[1].last and run.layers[0] != net.layers[1]
+        assert run.new != net and run.last != net.last.forward and run.last != "last"
+
+
 def test_apply_is_refused(net):
     model = Model(net)
     with model.trace(X) as run:
