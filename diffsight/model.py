@@ -72,8 +72,9 @@ class Model(Envoy):
 
         Args:
             *args: Arguments of the module. A list of tensors is a batch of inputs, each as you would pass it alone;
-                `run.rows` are its parts. If the module itself takes a list, name the argument, `trace(views=[a, b])`,
-                unless the annotation of its first argument says so (`views: list[Tensor]`).
+                `run.rows` are its parts. Further lists belong to the same inputs: `trace([a, b], [mask_a, mask_b])`. If
+                the module itself takes a list, name the argument, `trace(views=[a, b])`, unless its annotation says so
+                (`views: list[Tensor]`).
             grad: Whether to enable gradients. Otherwise the model runs in the grad mode in which the run is opened.
             **kwargs: Keyword arguments of the module.
         """
@@ -248,21 +249,59 @@ def _no_input() -> Any:
 
 
 def _batch(called: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
-    """Return the arguments of a module or function, with a list of tensors joined into one unless it takes a list, and
-    the number of batch entries of each input."""
+    """Return the arguments of a module or function, with lists of tensors joined unless it takes a list, and the number
+    of batch entries of each input."""
     first = args[0] if args else next(iter(kwargs.values()), None)
-    if args and isinstance(first, list) and first and all(map(_has_rows, first)):
-        parameter = next(iter(_parameters(called)), None)
-        if parameter is not None and re.search(_LIST, str(parameter.annotation)):
-            return args, []
-        try:
-            return (torch.cat(first), *args[1:]), [len(x) for x in first]
-        except RuntimeError as error:
-            shapes = ", ".join(str(tuple(x.shape)) for x in first)
-            has_name = parameter is not None and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            hint = f". If the module itself takes a list, pass it by name: {parameter.name}=[...]" if has_name else ""
-            raise InputError(f"the inputs do not form a batch: their shapes are {shapes}{hint}") from error
-    return args, [1] * first.shape[0] if _has_rows(first) else []
+    if not args or not _is_list_of_rows(first):
+        return args, [1] * first.shape[0] if _has_rows(first) else []
+    parameters = _positional(called, len(args))
+    if _takes_list(parameters[0]):
+        return args, []
+    joined, sizes = [_joined(first, parameters[0])], [len(x) for x in first]
+    for place, (value, parameter) in enumerate(zip(args[1:], parameters[1:]), 2):
+        if _is_list_of_rows(value) and not _takes_list(parameter):
+            _check_goes_along(value, parameter, place, sizes)
+            value = _joined(value, parameter)
+        joined.append(value)
+    return tuple(joined), sizes
+
+
+def _joined(inputs: list[torch.Tensor], parameter: inspect.Parameter | None) -> torch.Tensor:
+    try:
+        return torch.cat(inputs)
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        hint = f". If the module itself takes a list, {by_name}" if (by_name := _by_name(parameter)) else ""
+        raise InputError(f"the inputs do not form a batch: their shapes are {shapes}{hint}") from error
+
+
+def _check_goes_along(
+    inputs: list[torch.Tensor], parameter: inspect.Parameter | None, place: int, sizes: list[int]
+) -> None:
+    """Raise InputError unless a further list of tensors certainly has an entry for each input. One of a single tensor
+    may as well be a list that the module takes."""
+    annotation = "" if parameter is None else str(parameter.annotation)
+    is_certain = (len(sizes) > 1 or "Tensor" in annotation) and "uple" not in annotation
+    if [len(x) for x in inputs] != sizes or not is_certain:
+        instead = _by_name(parameter) or "join the first list in this way instead"
+        raise InputError(
+            f"argument {place} is a list of tensors as well, and may or may not be part of the batch: if it is, join "
+            f"it, torch.cat([...]); if the module itself takes a list, {instead}"
+        )
+
+
+def _by_name(parameter: inspect.Parameter | None) -> str:
+    """Return a hint on how to pass an argument by name; "" if that is not possible."""
+    has_name = parameter is not None and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    return f"pass it by name: {parameter.name}=[...]" if has_name else ""
+
+
+def _takes_list(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and re.search(_LIST, str(parameter.annotation)) is not None
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_has_rows, value))
 
 
 def _has_rows(value: Any) -> bool:
@@ -281,6 +320,17 @@ def _check_grad(called: Callable, grad: bool) -> None:
                 f"grad= enables gradients in the run, but the module has an argument of that name too: {instead}. To "
                 "enable gradients in the run, open it under torch.enable_grad()"
             )
+
+
+def _positional(called: Callable, count: int) -> list[inspect.Parameter | None]:
+    """Return the parameters that take the first `count` positional arguments; None for those that are unknown."""
+    found: list[inspect.Parameter | None] = []
+    for parameter in _parameters(called):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            found += [parameter] * (count - len(found))
+        elif parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
+            found.append(parameter)
+    return [*found[:count], *[None] * (count - len(found))]
 
 
 def _parameters(called: Callable) -> list[inspect.Parameter]:

@@ -286,6 +286,51 @@ def test_a_forward_that_takes_a_list():
         plain.trace([views[0], views[0][0]])
 
 
+class TakesTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, y, scale=1):
+        y = torch.cat(y) if isinstance(y, list) else y
+        return self.left(x) - scale * self.right(y)
+
+
+def annotated(annotation):
+    """Return a TakesTwo whose second argument has an annotation."""
+    kind = type("Annotated", (TakesTwo,), {"forward": lambda self, x, y: TakesTwo.forward(self, x, y)})
+    kind.forward.__annotations__["y"] = annotation
+    return kind()
+
+
+def test_lists_for_several_arguments_are_one_batch():
+    net, (a, b, c, d) = TakesTwo(), torch.randn(4, 1, 4)
+    for first, second in (([a, b], [c, d]), ([a, torch.cat([b, c])], [b, torch.cat([c, d])])):
+        with torch.no_grad(), Model(net).trace(first, second, 2) as run:
+            value = run.rows[1].right.output
+        assert torch.allclose(value, net.right(second[1])) and value.shape == second[1].shape
+        assert torch.equal(run.result, net(torch.cat(first), torch.cat(second), 2))
+    with Model(annotated("torch.Tensor | None")).trace([a], [b]) as run:
+        assert torch.equal(run.right.input, b)
+    for arguments, named in ((([a, b],), {"y": [c, d]}), (([a, b], [c, d]), {})):
+        with Model(annotated(list[torch.Tensor])).trace(*arguments, **named) as run:
+            args, kwargs = run.inputs
+        given = kwargs.get("y", args[-1])
+        assert type(given) is list and given[0] is c
+
+
+def test_a_further_list_that_may_not_be_of_the_batch():
+    net, (a, b, c, d) = TakesTwo(), torch.randn(4, 1, 4)
+    told = r"argument 2 is a list .*torch\.cat\(.*takes a list, pass it by name: y=\[\.\.\.\]"
+    for first, second in (([a], [b]), ([a, b], [c, d, d]), ([a, b], [c, torch.cat([d, d])])):
+        with pytest.raises(InputError, match=told):
+            Model(net).trace(first, second)
+    with pytest.raises(InputError, match=told):
+        Model(annotated("tuple[torch.Tensor, torch.Tensor]")).trace([a, b], [c, d])
+    with pytest.raises(InputError, match="takes a list, join the first list"):
+        Model(net.left).check([a], [b])
+
+
 def test_a_forward_with_an_argument_called_grad():
     model, views = Model(TakesAList()), [torch.randn(2, 4)]
     with pytest.raises(InputError, match="an argument of that name too: pass that by position, as argument 2"):
