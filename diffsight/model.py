@@ -270,9 +270,11 @@ def _joined(inputs: list[torch.Tensor], parameter: inspect.Parameter | None) -> 
     try:
         return torch.cat(inputs)
     except RuntimeError as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        kinds = ("device", "layout", "dtype") if len({x.shape[1:] for x in inputs}) == 1 else ()
+        kind = next((kind for kind in kinds if len({getattr(x, kind) for x in inputs}) > 1), "shape")
+        values = ", ".join(str(tuple(x.shape) if kind == "shape" else getattr(x, kind)) for x in inputs)
         hint = f". If the module itself takes a list, {by_name}" if (by_name := _by_name(parameter)) else ""
-        raise InputError(f"the inputs do not form a batch: their shapes are {shapes}{hint}") from error
+        raise InputError(f"the inputs do not form a batch: their {kind}s are {values}{hint}") from error
 
 
 def _check_goes_along(

@@ -331,6 +331,20 @@ def test_a_further_list_that_may_not_be_of_the_batch():
         Model(net.left).check([a], [b])
 
 
+@pytest.mark.parametrize(
+    "other, kinds",
+    [
+        (torch.zeros(1, 4, device="meta"), "devices are cpu, meta"),
+        (torch.zeros(1, 4).to_sparse(), r"layouts are torch\.strided, torch\.sparse_coo"),
+        (torch.zeros(1, 4, dtype=torch.float8_e4m3fn), r"dtypes are torch\.float32, torch\.float8_e4m3fn"),
+        (torch.zeros(1, 5, device="meta"), r"shapes are \(1, 4\), \(1, 5\)"),
+    ],
+)
+def test_inputs_that_do_not_form_a_batch(other, kinds):
+    with pytest.raises(InputError, match=f"the inputs do not form a batch: their {kinds}"):
+        Model(nn.Linear(4, 4)).check([torch.zeros(1, 4), other])
+
+
 def test_a_forward_with_an_argument_called_grad():
     model, views = Model(TakesAList()), [torch.randn(2, 4)]
     with pytest.raises(InputError, match="an argument of that name too: pass that by position, as argument 2"):
