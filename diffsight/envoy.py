@@ -519,17 +519,23 @@ class Envoy(Points):
     def _is_in_run(self) -> bool:
         return self._run is not None or self._tree.open_runs.innermost(self._tree) is not None
 
-    def __getitem__(self, key: int | str | slice) -> Any:
-        if isinstance(key, str):
-            return self._holder_here()[key] if isinstance(self._owner, _OF_PARAMETERS) else self._at(key)
+    def __getitem__(self, key: Any) -> Any:
         own = self.__dict__
         outer = own["_target"]
         if type(key) is int and type(outer.owner) is nn.ModuleList:
             target = outer.item(key)
             if target is not None:
                 return self._handle(target)
-        if isinstance(outer.owner, _OF_PARAMETERS):
-            return self._holder_here()[key]
+        has_own = _has_own(outer.owner, "__getitem__")
+        if isinstance(key, str) and not isinstance(outer.owner, _OF_PARAMETERS):
+            try:
+                return self._at(key)
+            except PointNotFoundError:
+                if not has_own:
+                    raise
+        if has_own:
+            path = join(outer.path, key) if type(key) in (int, str) else ""
+            return with_envoys(self._holder_here()[key], path, self._envoys())
         children = list(own["_tree"].children_of(outer).values())
         if isinstance(key, slice):
             return [*map(self._handle, children[key])]
@@ -559,29 +565,38 @@ class Envoy(Points):
         return found
 
     def _holder_here(self) -> Any:
-        """Return a module that holds parameters, with its weights loaded."""
-        self._tree.load_unless_scanning()
+        """Return the part itself, with its weights loaded if it is a module."""
+        if isinstance(self._owner, nn.Module):
+            self._tree.load_unless_scanning()
         return part_in_run(self)
 
     def __len__(self) -> int:
-        is_of_parameters = isinstance(self._owner, _OF_PARAMETERS)
-        return len(self._owner if is_of_parameters else self._tree.children_of(self._target))
+        return len(self._holder_here() if _has_own(self._owner, "__len__") else self._tree.children_of(self._target))
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the modules directly in this one, but over the names in a `ModuleDict`, as PyTorch does."""
-        if isinstance(self._owner, _OF_PARAMETERS):
-            return iter(self._holder_here())
-        return iter([*self._tree.children_of(self._target)] if isinstance(self._owner, nn.ModuleDict) else self[:])
+        """Iterate over the modules directly in this one, but over the names in a `ModuleDict`, as PyTorch does. A class
+        may define another order, or other items."""
+        if _has_own(self._owner, "__iter__", "__getitem__"):
+            return self._with_envoys_each(iter(self._holder_here()))
+        children = self._tree.children_of(self._target)
+        return iter([*(children if isinstance(self._owner, nn.ModuleDict) else map(self._handle, children.values()))])
 
     def __reversed__(self) -> Iterator[Any]:
+        if _has_own(self._owner, "__reversed__"):
+            return self._with_envoys_each(reversed(self._holder_here()))
         return reversed([*self])
+
+    def _with_envoys_each(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Iterate over what the part's own class iterates over, with envoys in place of modules."""
+        envoy_of = self._envoys()
+        return (with_envoys(item, join(self._target.path, number), envoy_of) for number, item in enumerate(items))
 
     def __contains__(self, item: Any) -> bool:
         """Whether a module or its envoy is directly in this one. A string is looked up among the names."""
-        if isinstance(self._owner, _OF_PARAMETERS):
-            return item in self._owner
-        children = self._tree.children_of(self._target)
         owner = item._owner if isinstance(item, Envoy) else item
+        if _has_own(self._owner, "__contains__", "__iter__", "__getitem__"):
+            return owner in self._holder_here()
+        children = self._tree.children_of(self._target)
         return item in children if isinstance(item, str) else any(child.owner is owner for child in children.values())
 
     def __bool__(self) -> bool:
@@ -605,6 +620,14 @@ class Envoy(Points):
 
     def _repr_html_(self) -> str:
         return folded(repr(self))
+
+
+def _has_own(owner: Any, *names: str) -> bool:
+    """Whether the class of a part defines one of these special methods, such as `__getitem__`. Those with which PyTorch
+    reaches the modules in a `Sequential`, `ModuleList` or `ModuleDict` do not count."""
+    kinds = type(owner).__mro__
+    definers = [next((kind for kind in kinds if name in vars(kind)), nn.Module) for name in names]
+    return any(kind in _OF_PARAMETERS or not kind.__module__.startswith("torch.") for kind in definers)
 
 
 # ---- for code outside this module, see `diffsight.extending`

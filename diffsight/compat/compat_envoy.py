@@ -152,7 +152,7 @@ class CompatEnvoy(CompatPoints, Envoy):
 
     def __iter__(self) -> Iterator["CompatEnvoy"]:
         """Iterate over the modules directly in this one, in a `ModuleDict` too."""
-        return iter(self[:])
+        return map(self._handle, [*self._tree.children_of(self._target).values()])
 
     def modules(self, include_fn: Callable[["CompatEnvoy"], bool] | None = None, names: bool = False) -> list[Any]:
         """Return this module and all modules inside it, innermost first; with `names`, as (path, module) pairs."""

@@ -105,6 +105,95 @@ def test_lists_and_dictionaries_of_parameters(net):
         assert [*run.shifts] == ["a"] and "a" in run.shifts and run.shifts["a"] is net.shifts["a"]
 
 
+class Stages(nn.Module):
+    """Counts from one, and iterates from the last to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2, self.layer3 = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.__dict__["apart"] = nn.Linear(4, 4)
+
+    def __getitem__(self, i):
+        return [self[1], self.layer2] if isinstance(i, slice) else getattr(self, "apart" if i == "end" else f"layer{i}")
+
+    def __iter__(self):
+        return iter([self.layer3, self.layer2, self.layer1])
+
+    def __reversed__(self):
+        return iter([self.layer2])
+
+    def __len__(self):
+        return 7
+
+    def __contains__(self, item):
+        return item is self.apart or item == "any"
+
+    def forward(self, x):
+        return self.apart(self[3](self[2](self[1](x))))
+
+
+OWN_WAYS = {
+    "an index": lambda net: net[2],
+    "a slice": lambda net: net[:][0],
+    "a name": lambda net: net["end"],
+    "a path": lambda net: net["layer2"],
+    "iteration": lambda net: next(iter(net)),
+    "reversed": lambda net: next(reversed(net)),
+}
+
+
+@pytest.mark.parametrize("way", [*OWN_WAYS.values()], ids=OWN_WAYS)
+@pytest.mark.parametrize("within", [lambda net: net[0], lambda net: net[1].inner], ids=["child", "deeper"])
+def test_special_methods_of_a_class_are_its_own(way, within):
+    torch.manual_seed(0)
+    holder = nn.Module()
+    holder.inner = Stages()
+    holder.forward = holder.inner.forward
+    net = nn.Sequential(Stages(), holder)
+    plain = within(net).layer2 if way is OWN_WAYS["a path"] else way(within(net))
+    model = Model(net)
+    with torch.no_grad():
+        hook = plain.register_forward_hook(lambda *_: ZERO)
+        expected = net(X)
+        hook.remove()
+        with model.trace(X) as run:
+            way(within(run)).output = ZERO
+        assert torch.equal(run.result, expected)
+        outside = way(within(model))
+        with model.trace(X) as run:
+            outside.output = ZERO
+            stages = within(run)
+            assert len(stages) == 7 and stages and stages["end"] in stages and "any" in stages
+            assert stages[1] not in stages and "layer1" not in stages
+        assert torch.equal(run.result, expected)
+
+
+def test_special_methods_are_inherited_or_left_to_pytorch():
+    class FromTheEnd(nn.Sequential):
+        def __getitem__(self, i):
+            return super().__getitem__(len(self) - 1 - i)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleDict({"a": nn.Linear(4, 4)})
+
+        def __getitem__(self, name):
+            return self.blocks[name]
+
+        def forward(self, x):
+            return self["a"](x)
+
+    net = type("Deeper", (FromTheEnd,), {})(nn.Linear(4, 4), nn.Tanh(), Named())
+    with torch.no_grad(), Model(net).trace(X) as run:
+        assert run[2].path == "[0]" and run[0].path == "[2]" and len(run) == 3
+        assert [*run] == [run[2], run[1], run[0]] == [*reversed(run)][::-1] and run[0] in run and net[2] in run
+        value = run[0]["a"].output
+        with pytest.raises(KeyError, match="b"):
+            run[0]["b"]
+    assert torch.equal(value, net(X))
+
+
 def test_a_row_can_be_iterated_over():
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     with torch.no_grad(), Model(net).trace([X[:1], X[1:]]) as run:
