@@ -179,7 +179,7 @@ class Points:
         """Skip the call: the model continues with `value` as its output."""
         if self._part is not None:
             raise InputError(
-                f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a part of it"
+                f"{join(self.path, 'skip')} leaves the call out for all rows: write it on the run, not on a part of it"
             )
         self._flow("skip").skip(Asked(self._target, "skip", self._call), value)
 
@@ -191,6 +191,11 @@ class Points:
     def path(self) -> str:
         """The path from the model, as you write it."""
         return self._target.path
+
+    @property
+    def _title(self) -> str:
+        """What error messages call the part: its path, or the name of the model."""
+        return self.path or self._tree.title
 
     def __eq__(self, other: object) -> bool:
         """Whether these are the points of the same calls, in the same run, or `other` is the module that is called.
@@ -211,13 +216,13 @@ class Points:
 
     def __repr__(self) -> str:
         note = self._tree.note_on_values(self.path)
-        return f"<call {self._call} of {self.path}: .input, .inputs and .output{f'. {note}' if note else ''}>"
+        return f"<call {self._call} of {self._title}: .input, .inputs and .output{f'. {note}' if note else ''}>"
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
         found = None if name.startswith("_") else self._tree.named_value(self, name)
         if found is None:
-            raise AttributeError(f"{self.path} has no {name!r}")
+            raise AttributeError(f"{self._title} has no {name!r}")
         return found.output if isinstance(found, Points) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -234,7 +239,7 @@ class Points:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InputError(
-            f"{self.path} cannot be copied or pickled, since it belongs to a model with runs and edits: copy the "
+            f"{self._title} cannot be copied or pickled, since it belongs to a model with runs and edits: copy the "
             "module that it wraps, and wrap the copy, Model(copy.deepcopy(module))"
         )
 
@@ -321,7 +326,7 @@ class Calls:
         return Points(points._tree, points._target, points._run, number, points._part)
 
     def __repr__(self) -> str:
-        return f"<calls of {self._points.path}>"
+        return f"<calls of {self._points._title}>"
 
 
 class MethodEnvoy(Points):
@@ -453,9 +458,7 @@ class Envoy(Points):
                 return found.output if isinstance(found, Points) else found
             if self._start_edits():
                 return getattr(self, name)
-            raise PointNotFoundError(
-                f"{self.path or type(self._owner).__name__} has no {name!r}{self._hint(name, dir(self))}"
-            ) from None
+            raise PointNotFoundError(f"{self._title} has no {name!r}{self._hint(name, dir(self))}") from None
         if self._tree.elsewhere is not None:
             value = self._tree.elsewhere.attribute(self, name, value)
         is_in_run = self._is_in_run()
@@ -543,7 +546,7 @@ class Envoy(Points):
             return self._handle(children[key])
         except IndexError:
             raise PointNotFoundError(
-                f"{self.path}[{key}] does not exist: {self.path} has {len(children)} children"
+                f"{self.path}[{key}] does not exist: {self._title} has {len(children)} children"
             ) from None
 
     def _at(self, path: str) -> "Envoy | MethodEnvoy":
@@ -557,9 +560,9 @@ class Envoy(Points):
             if child is None and self._start_edits():
                 child = found._child(step)
             if child is None:
-                problem = f"{found.path or type(found._owner).__name__} has no {step!r}"
+                problem = f"{found._title} has no {step!r}"
                 if found is not self:
-                    problem = f"{self.path or type(self._owner).__name__} has no {path!r}: {problem}"
+                    problem = f"{self._title} has no {path!r}: {problem}"
                 raise PointNotFoundError(problem + suggest(step, found._names()))
             found = child
         return found

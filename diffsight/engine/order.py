@@ -72,11 +72,11 @@ def is_ahead(tap: Tap, key: PointKey, scope: Scope) -> bool:
 # ---- what errors say
 
 
-def position(stands: Point | str, step: int) -> str:
-    """Return where the model stands, in words."""
+def position(stands: Point | str, step: int | None) -> str:
+    """Return where the model stands, in words; `step` is None if it has no steps."""
     if isinstance(stands, Point):
         stands = f"at {stands.path}"
-    return f"{stands} in step {step}" if step >= 0 else stands
+    return stands if step is None else f"{stands} in step {step}"
 
 
 def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:

@@ -93,7 +93,8 @@ class Flow(RunEnd):
     @property
     def where(self) -> str:
         """Where the model stands, in words."""
-        return order.position(self._stands, self.clock.index)
+        is_in_step = self.clock.has_steps or self.scope.in_step
+        return order.position(self._stands, self.clock.index if is_in_step else None)
 
     def _scope_of(self, body: Coroutine | None) -> Scope:
         """Return the scope of one of the run's bodies; for anything else, the scope of the body that opened the run."""
@@ -546,7 +547,7 @@ class Flow(RunEnd):
         """Return the error for a wait that ended at `point`, or without one."""
         error = order.called_in_thread if self._is_in_thread(asked.target) else order.not_reached
         if point is not None:
-            return error(asked, f"{point.tap.target.path} returned", OutOfOrderError)
+            return error(asked, f"{point.tap.target.path or self.tree.title} returned", OutOfOrderError)
         if self.outcome is not None:
             until = "the model ended" if self.has_result else self.outcome
             return error(asked, until, NeverReachedError, self.clock.ending)

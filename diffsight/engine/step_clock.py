@@ -51,6 +51,12 @@ class Clock:
         return self.index >= 0 and not (self.ends and self._due)
 
     @property
+    def has_steps(self) -> bool:
+        """Whether the model has begun a step, as far as is known: where each forward pass is one, a single pass may be
+        all of the run."""
+        return self.index > 0 or (self.index == 0 and bool(self.ends))
+
+    @property
     def ending(self) -> str:
         """More about how the model ended, in words that follow "ended"."""
         return ""

@@ -82,7 +82,8 @@ class RemoteFlow(Flow):
 
     @property
     def where(self) -> str:
-        step = f", in step {self.clock.index}" if self.clock.index >= 0 else ""
+        is_in_step = self.clock.has_steps or self.scope.in_step
+        step = f", in step {self.clock.index}" if is_in_step else ""
         return f"on the server at {self._link.address}{step}"
 
     # ---- requests of a body

@@ -6,6 +6,7 @@ import traceback
 
 import pytest
 import torch
+from torch import nn
 
 from diffsight import DiffsightError, Model, OutOfOrderError
 from diffsight.errors import (
@@ -125,6 +126,35 @@ def test_an_assignment_that_turns_out_impossible(x):
         run.last.output
     assert f"{__file__}:" in str(caught.value)
     assert_ends(caught.value, "here")
+
+
+def test_a_run_of_one_pass_has_no_steps(net, x):
+    net = nn.Sequential(net, nn.Tanh())
+    with pytest.raises(OutOfOrderError, match=r"the model is at \[1\]\.output, past"), Model(net).trace(x) as run:
+        run[1].output
+        run[0].output
+    with pytest.raises(OutOfOrderError, match=r"output in step 0, past"), Model(net).trace(x) as run:
+        for _ in run.steps:
+            run[1].output
+            run[0].output
+    with pytest.raises(OutOfOrderError, match=r"output in step 1, past"), Model(net[0]).generate(x) as run:
+        run.last.calls[1].output
+        run.first.output
+
+
+def test_the_whole_net_has_a_name_in_errors(net, x):
+    model = Model(nn.Sequential(net, nn.Tanh()))
+    with model.trace([x, x]) as run:
+        (root,) = [module for path, module in run.rows[0].named_modules() if path == ""]
+        with pytest.raises(PointNotFoundError, match=r"^\[7\] does not exist: Sequential has 2 children"):
+            run[7].output
+        with pytest.raises(InputError, match=r"^skip leaves the call out"):
+            root.skip(x)
+        with pytest.raises(InputError, match=r"^Sequential cannot be copied or pickled"):
+            copy.copy(root)
+        with pytest.raises(AttributeError, match=r"^Sequential has no 'nothing'"):
+            root.calls[1].nothing
+        assert repr(root.calls) == "<calls of Sequential>" and "<call 1 of Sequential:" in repr(root.calls[1])
 
 
 def test_a_step_that_has_ended(net, x):
