@@ -13,7 +13,7 @@ import copyreg
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, RLock, get_ident
+from threading import Condition, Lock, RLock, get_ident
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +39,7 @@ def structural_copy(model: nn.Module, with_weights: bool = False, owns_weights: 
         owns_weights: Whether a copy with weights has copies of the parameters as well, so that it may train them. It
             still shares those of special types, such as sharded or quantized ones.
     """
-    memo: dict[int, Any] = {}  # as for `copy.deepcopy`: id of an original to its copy
+    memo: dict[Any, Any] = {}  # as for `copy.deepcopy`: id of an original to its copy
     modules = list(model.modules())
     for module in modules:
         memo[id(module)] = object.__new__(_plain_class(module))
@@ -51,6 +51,16 @@ def structural_copy(model: nn.Module, with_weights: bool = False, owns_weights: 
         if owns_weights and isinstance(module, nn.RNNBase):
             memo[id(module)].flatten_parameters()  # or else cuDNN warns that they are not next to each other
     return memo[id(model)]
+
+
+class _CopiedCondition(Condition):
+    """A copy of what the threads of a queue, an event or a semaphore wait for. Other threads do not know the copy, so
+    nobody would end a wait without a timeout."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is None:
+            raise RuntimeError("a copy of the model would wait for another thread, which does not know the copy")
+        return super().wait(timeout)
 
 
 @contextmanager
@@ -73,7 +83,7 @@ def without_global_hooks() -> Iterator[None]:
                 hooks[key] = hook
 
 
-def _fill(copied: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
+def _fill(copied: nn.Module, module: nn.Module, memo: dict[Any, Any]) -> None:
     """Fill a copied module with copies of what the original holds."""
     held = {}
     for name, value in vars(module).items():
@@ -118,21 +128,23 @@ def _tensors_in(held: dict[str, Any]) -> list[torch.Tensor]:
     return [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.ndim]
 
 
-def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
+def _deep_copied(value: Any, memo: dict[Any, Any]) -> Any:
     """Return a deep copy. What cannot be copied, such as a process group, is shared instead, even inside containers and
     objects.
 
     So is what does something when it is freed: a copy would do it too."""
     if hasattr(type(value), "__del__"):
         return value
+    if type(value) in _LOCKS:  # unknown to `copy.deepcopy`, which leaves a Condition methods of the original lock
+        return memo.setdefault(("lock", id(value)), _LOCKS[type(value)]())
+    if type(value) is Condition:
+        return memo.setdefault(id(value), _CopiedCondition(_deep_copied(vars(value)["_lock"], memo)))
     count = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:
         for number in [*memo][count:]:  # copies that are not finished
             del memo[number]
-    if type(value) in _LOCKS:
-        return _LOCKS[type(value)]()
     if isinstance(value, tuple):
         items = [_deep_copied(one, memo) for one in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

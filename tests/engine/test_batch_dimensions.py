@@ -2,10 +2,12 @@
 
 import functools
 import gc
+import queue
 import random
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 
@@ -777,6 +779,45 @@ def test_locks_that_the_running_call_holds():
     net, x = Locks(), torch.randn(2, 4)
     assert torch.equal(row_of(net, x, "part")[0], x[1:])
     assert net.held["calls"] == 1 and not net.lock.locked()
+
+
+class Threaded(nn.Module):
+    """Uses what threads share: a queue as a log, an event, a semaphore, a lock with its condition, a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.log, self.ready, self.slots = nn.Identity(), queue.Queue(), threading.Event(), [None]
+        self.slots[0], self.lock, self.pool = threading.Semaphore(1), threading.Lock(), ThreadPoolExecutor(1)
+        self.conditions = [threading.Condition(self.lock), threading.Condition(threading.RLock())]
+
+    def forward(self, x):
+        self.log.put(len(x))
+        self.ready.set()
+        with self.slots[0], self.lock:
+            self.conditions[0].notify()
+        with self.conditions[0], self.conditions[1]:
+            self.conditions[1].notify_all()
+        return self.part(x) + self.pool.submit(torch.ones_like, x).result() * self.ready.wait() * self.log.get()
+
+
+def test_what_threads_share():
+    net, x = Threaded(), torch.randn(2, 4)
+    net.log.put(1)
+    assert torch.equal(row_of(net, x, "part")[0], x[1:])
+    assert net.log.queue == deque([2]) and not net.lock.locked()
+
+
+def test_a_copy_waits_for_no_other_thread():
+    class Waiting(Threaded):
+        def forward(self, x):
+            return self.part(x * self.log.get())
+
+    net = Waiting()
+    net.log.put(1)
+    with Model(net).trace(torch.randn(2, 4)) as run:
+        with pytest.raises(InputError, match="a copy of the model would wait for another thread"):
+            run.rows[1].part.output
+    assert net.log.empty()
 
 
 class Sorts(nn.Module):
