@@ -18,7 +18,7 @@ from diffsight.errors import InputError
 
 _MOST = 1000  # parts of a value that are looked at
 _ATOMS = (str, bytes, bool, int, float, complex, enum.Enum, type, torch.dtype, torch.device, torch.Generator)
-_NOT_LOOKED_INTO = (*_ATOMS, nn.Module, FunctionType, BuiltinFunctionType, MethodType, ModuleType, type(None))
+NOT_LOOKED_INTO = (*_ATOMS, nn.Module, FunctionType, BuiltinFunctionType, MethodType, ModuleType, type(None))
 
 
 def holds_tensors(value: Any) -> bool:
@@ -29,7 +29,7 @@ def holds_tensors(value: Any) -> bool:
         is_iterator = hasattr(type(part), "__next__")  # looking at what it yields would use it up
         if isinstance(part, torch.Tensor) or _is_array(part) or is_iterator:
             return True
-        if isinstance(part, _NOT_LOOKED_INTO) or id(part) in seen:
+        if isinstance(part, NOT_LOOKED_INTO) or id(part) in seen:
             continue
         seen.add(id(part))
         if len(seen) > _MOST:

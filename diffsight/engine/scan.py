@@ -22,12 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 
+from diffsight.engine.opaque_values import is_cache
 from diffsight.engine.random_generators import generators_of, kept_generators
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.scan_errors import modules_with_paths
 from diffsight.engine.scan_mode import ScanMode
 from diffsight.engine.scan_state import ModuleState
+from diffsight.engine.structural_copy import TensorsCopiedBy, deep_copied
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
 from diffsight.errors import ScanError
@@ -35,10 +38,23 @@ from diffsight.errors import ScanError
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 
 
-def scanning(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def scanning(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call a function; the runs that it opens are scans."""
     # In a context of its own, which ends with the call, even if that raises.
     return copy_context().run(_call_scanning, function, args, kwargs)
+
+
+def with_copies(call: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """Return the arguments of a call of a pipeline with copies of the caches and random generators among them. The
+    pipeline counts on its modules to fill the caches that they get, so these are not copied later, as in a scan of a
+    module."""
+    memo: dict[int, Any] = {}
+    with TensorsCopiedBy(lambda tensor: tensor.detach().clone()):
+        return tree_map(lambda value: deep_copied(value, memo) if _is_copied(value) else value, call)
+
+
+def _is_copied(value: Any) -> bool:
+    return is_cache(value) or isinstance(value, torch.Generator)
 
 
 def _call_scanning(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:

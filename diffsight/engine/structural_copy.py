@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
@@ -83,6 +84,17 @@ def without_global_hooks() -> Iterator[None]:
                 hooks[key] = hook
 
 
+class TensorsCopiedBy(TorchFunctionMode):
+    """Within the block, `copy.deepcopy` copies tensors by a function of one's own."""
+
+    def __init__(self, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._copied = copied
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self._copied(args[0]) if function is torch.Tensor.__deepcopy__ else function(*args, **(kwargs or {}))
+
+
 def _fill(copied: nn.Module, module: nn.Module, memo: dict[Any, Any]) -> None:
     """Fill a copied module with copies of what the original holds."""
     held = {}
@@ -92,7 +104,7 @@ def _fill(copied: nn.Module, module: nn.Module, memo: dict[Any, Any]) -> None:
         elif name.endswith("_hooks") or "_hooks_" in name:
             held[name] = OrderedDict() if isinstance(value, dict) else copy.copy(value)
         elif name not in _CALLED:
-            held[name] = _deep_copied(value, memo)
+            held[name] = deep_copied(value, memo)
     vars(copied).update(held)
     if type(copied) is not type(module):
         vars(copied)["forward"] = memo[id(unwrapped(module))].__call__
@@ -128,7 +140,7 @@ def _tensors_in(held: dict[str, Any]) -> list[torch.Tensor]:
     return [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.ndim]
 
 
-def _deep_copied(value: Any, memo: dict[Any, Any]) -> Any:
+def deep_copied(value: Any, memo: dict[Any, Any]) -> Any:
     """Return a deep copy. What cannot be copied, such as a process group, is shared instead, even inside containers and
     objects.
 
@@ -138,7 +150,7 @@ def _deep_copied(value: Any, memo: dict[Any, Any]) -> Any:
     if type(value) in _LOCKS:  # unknown to `copy.deepcopy`, which leaves a Condition methods of the original lock
         return memo.setdefault(("lock", id(value)), _LOCKS[type(value)]())
     if type(value) is Condition:
-        return memo.setdefault(id(value), _CopiedCondition(_deep_copied(vars(value)["_lock"], memo)))
+        return memo.setdefault(id(value), _CopiedCondition(deep_copied(vars(value)["_lock"], memo)))
     count = len(memo)
     try:
         return copy.deepcopy(value, memo)
@@ -146,7 +158,7 @@ def _deep_copied(value: Any, memo: dict[Any, Any]) -> Any:
         for number in [*memo][count:]:  # copies that are not finished
             del memo[number]
     if isinstance(value, tuple):
-        items = [_deep_copied(one, memo) for one in value]
+        items = [deep_copied(one, memo) for one in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     try:
         copied = value if isinstance(value, (type, ModuleType)) else copy.copy(value)
@@ -155,11 +167,11 @@ def _deep_copied(value: Any, memo: dict[Any, Any]) -> Any:
     if isinstance(value, (dict, list, deque)):
         memo[id(value)] = copied
         for place in [*value] if isinstance(value, dict) else range(len(value)):
-            copied[place] = _deep_copied(value[place], memo)
+            copied[place] = deep_copied(value[place], memo)
     elif copied is not value:
         memo[id(value)] = copied
         for name, one in _attributes_of(copied):
-            object.__setattr__(copied, name, _deep_copied(one, memo))
+            object.__setattr__(copied, name, deep_copied(one, memo))
     return copied
 
 

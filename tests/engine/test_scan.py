@@ -96,11 +96,12 @@ def test_an_encoder_and_a_decoder(t5, ids):
     assert described(Model(t5).scan(**given).result.logits) == described(t5(**given).logits)
 
 
-def test_a_cache_that_is_handed_in_holds_shapes_afterwards(gpt2, ids):
+def test_a_cache_from_a_scan(gpt2, ids):
     past = Model(gpt2).scan(ids).result.past_key_values
     result = Model(gpt2).scan(ids, past_key_values=past).result
-    assert past.layers[0].keys.shape == (1, 2, 6, 8) and all_fake(past.layers[0].keys)
-    assert result.logits.shape == (1, 3, 61)
+    longer = result.past_key_values
+    assert longer.layers[0].keys.shape == (1, 2, 6, 8) and all_fake(longer.layers[0].keys)
+    assert past.get_seq_length() == 3 and result.logits.shape == (1, 3, 61)
 
 
 def test_nothing_is_computed(x):

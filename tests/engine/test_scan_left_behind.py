@@ -3,11 +3,14 @@
 import gc
 import random
 import weakref
+from collections import deque
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
@@ -71,6 +74,50 @@ def test_what_a_model_keeps_is_what_it_kept_before(x):
     fresh = Keeping()
     fresh(x)
     assert torch.equal(net(x), fresh(x))
+
+
+def caches(net):
+    """Return a new cache of each kind for a language model."""
+    return [
+        transformers.DynamicCache(),
+        transformers.StaticCache(config=net.config, max_cache_len=16),
+        transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache()),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_a_cache_among_the_arguments(gpt2, ids, kind, is_filled):
+    cache, other = caches(gpt2)[kind], caches(gpt2)[kind]
+    if is_filled:
+        gpt2(ids, past_key_values=cache), gpt2(ids, past_key_values=other)  # with gradients
+    with Model(gpt2).scan(ids, past_key_values=cache) as run:
+        assert is_fake(run.transformer.h[1].output)
+    length = run.result.past_key_values.get_seq_length()
+    assert cache.get_seq_length() == other.get_seq_length()
+    logits = gpt2(ids, past_key_values=cache).logits
+    assert torch.equal(logits, gpt2(ids, past_key_values=other).logits)
+    assert length == cache.get_seq_length()
+
+
+def test_an_object_among_the_arguments(x):
+    def forward(self, x, held, names, generator):
+        torch.rand(2, generator=generator)
+        held.seen.append(self.part(x))
+        held.total += 1
+        held.count.add_(1)
+        names.add("x")
+        return held.part(x) * held.total
+
+    net = Calling(forward, part=linear())
+    held = SimpleNamespace(seen=deque(), total=torch.zeros(()), count=torch.zeros(2, dtype=torch.long), part=net.part)
+    names, generator = set(), torch.Generator()
+    state = generator.get_state()
+    with Model(net).scan(x, held=held, names=names, generator=generator) as run:
+        assert run.part.calls[1].output.shape == (2, WIDTH), "the module in the object is the model's own"
+    assert is_fake(run.result)
+    assert (len(held.seen), held.total.item(), held.count.tolist(), names) == (0, 0, [0, 0], set())
+    assert torch.equal(generator.get_state(), state)
 
 
 def test_no_random_numbers_are_drawn(x):

@@ -218,6 +218,14 @@ def test_gradients_from_the_image_to_the_prompt(model):
     assert hidden.grad.shape == hidden.shape == (1, 77, diffusion.WIDTH)
 
 
+def test_a_generator_among_the_arguments(model):
+    generator = torch.Generator()
+    state = generator.get_state()
+    with model.scan(**SD.inputs(), generator=generator) as run:
+        assert run.unet.mid_block.output is not None
+    assert torch.equal(generator.get_state(), state)
+
+
 def test_in_lockstep_with_a_real_run(model):
     pipe = diffusion.stable_diffusion()
     want = pipe(**SD.inputs(), generator=torch.Generator().manual_seed(3)).images

@@ -322,6 +322,15 @@ def test_scans():
             assert first(run.model[case.layer].output).shape == hidden.shape
 
 
+def test_a_cache_is_left_as_it_is_by_a_scan(writer):
+    cache, model = transformers.DynamicCache(), HFPipeline(writer)
+    with model.scan("a b", past_key_values=cache, max_new_tokens=3) as run:
+        assert run.model.calls[2].inputs[1]["past_key_values"].get_seq_length() > 0
+    with model.scan(past_key_values=cache, max_new_tokens=3) as run, run.invoke("a b"):
+        assert run.model.calls[1].output is not None
+    assert cache.get_seq_length() == 0
+
+
 def test_gradients(classifier):
     model = HFPipeline(classifier)
     with model.trace(TEXT, top_k=None, grad=True) as run:
