@@ -8,9 +8,9 @@ PyTorch's fake tensors, which have a shape, a dtype and a device and no values. 
 its fake tensors are replaced with zeros. What runs between components, such as tokenizers, schedulers and
 post-processing, therefore computes for real, on zeros.
 
-Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. Changes that
-the model makes to its own attributes meanwhile are undone at the end, and so are the draws from the global random
-generators and from those that modules hold.
+Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. What else the
+modules hold as attributes is replaced with copies until the end, so the model changes these. Also undone at the end are
+the draws from the global random generators and from those that modules hold.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +29,9 @@ from diffsight.engine.random_generators import generators_of, kept_generators
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.scan_errors import modules_with_paths
 from diffsight.engine.scan_mode import ScanMode
-from diffsight.engine.scan_state import ModuleState
-from diffsight.engine.structural_copy import TensorsCopiedBy, deep_copied
-from diffsight.engine.target import Target
+from diffsight.engine.scan_state import ModuleStates
+from diffsight.engine.structural_copy import TensorsCopiedBy, copied_tensor, deep_copied
+from diffsight.engine.target import Target, all_modules
 from diffsight.engine.torch_state import TorchState
 from diffsight.errors import ScanError
 
@@ -49,7 +49,7 @@ def with_copies(call: tuple[tuple, dict]) -> tuple[tuple, dict]:
     pipeline counts on its modules to fill the caches that they get, so these are not copied later, as in a scan of a
     module."""
     memo: dict[int, Any] = {}
-    with TensorsCopiedBy(lambda tensor: tensor.detach().clone()):
+    with TensorsCopiedBy(copied_tensor):
         return tree_map(lambda value: deep_copied(value, memo) if _is_copied(value) else value, call)
 
 
@@ -83,13 +83,13 @@ class ScanFlow(Flow):
         self._stand_ins = stand_ins
         components = [target for target in self.taps.components if isinstance(target.owner, nn.Module)]
         _check_no_lazy_modules(components)
-        self._modules = list(dict.fromkeys(module for part in components for module in part.owner.modules()))
+        self._modules = all_modules(part.owner for part in components)
         self.body_mode = self._mode = ScanMode(components, self._modules)
         is_pipeline = not isinstance(self.tree.root.owner, nn.Module)
         self._border = self._mode.call_between if is_pipeline else self._mode.call_on_shapes
-        self.function = partial(_call_in_mode, self._mode, self.function, is_pipeline)
+        self._states = ModuleStates(self._modules)
+        self.function = partial(_call_in_mode, self._mode, self._states, self.function, is_pipeline)
         self._components = components
-        self._states: list[ModuleState] = []
         self._generators: list[Any] = []
         self._eager: EagerStance | None = None
 
@@ -100,7 +100,7 @@ class ScanFlow(Flow):
         if self.taps:
             return
         self._mode.note_weights(self._modules)
-        self._states = [ModuleState(module) for module in self._modules]
+        self._states.note()
         self._generators = generators_of(self._modules)
         if any(_is_compiled(module) for module in self._modules):
             self._eager = EagerStance()
@@ -124,9 +124,7 @@ class ScanFlow(Flow):
             state.without_mode(self._mode).restore(state)
 
     def _put_back(self) -> None:
-        while self._states:  # each is dropped once it is restored, so an interrupted one is restored again
-            self._states[-1].restore()
-            del self._states[-1]
+        self._states.restore()
         if self._eager is not None:
             eager, self._eager = self._eager, None
             eager.leave()
@@ -142,7 +140,8 @@ def _check_no_lazy_modules(components: Sequence[Target]) -> None:
             )
 
 
-def _call_in_mode(mode: ScanMode, function: Callable[[], Any], is_pipeline: bool) -> Any:
+def _call_in_mode(mode: ScanMode, states: ModuleStates, function: Callable[[], Any], is_pipeline: bool) -> Any:
+    states.use_copies()
     with mode:
         return mode.without_values(function()) if is_pipeline else function()
 

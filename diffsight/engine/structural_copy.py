@@ -95,20 +95,34 @@ class TensorsCopiedBy(TorchFunctionMode):
         return self._copied(args[0]) if function is torch.Tensor.__deepcopy__ else function(*args, **(kwargs or {}))
 
 
+def copied_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of any tensor, also of one that was computed with gradients."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
 def _fill(copied: nn.Module, module: nn.Module, memo: dict[Any, Any]) -> None:
     """Fill a copied module with copies of what the original holds."""
     held = {}
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers", "_modules"):
             held[name] = {key: memo.get(id(one)) for key, one in value.items()}
-        elif name.endswith("_hooks") or "_hooks_" in name:
+        elif _is_of_hooks(name):
             held[name] = OrderedDict() if isinstance(value, dict) else copy.copy(value)
-        elif name not in _CALLED:
+        elif is_copied(name):
             held[name] = deep_copied(value, memo)
     vars(copied).update(held)
     if type(copied) is not type(module):
         vars(copied)["forward"] = memo[id(unwrapped(module))].__call__
         vars(copied)["_compiled_call_impl"] = None
+
+
+def is_copied(name: str) -> bool:
+    """Whether an attribute of a module is copied along with it: not a table of hooks, or what libraries put there."""
+    return name not in _CALLED and not _is_of_hooks(name)
+
+
+def _is_of_hooks(name: str) -> bool:
+    return name.endswith("_hooks") or "_hooks_" in name
 
 
 def _plain_class(module: nn.Module) -> type:

@@ -1,6 +1,7 @@
 """Targets: what can be tapped. A module's forward pass, or a method that code calls directly (`vae.decode`)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -124,7 +125,7 @@ class Target:
 
     def unregistered(self) -> list[nn.Module]:
         """Return the modules that this one holds in plain lists and dictionaries, or otherwise beside its children."""
-        return [*_modules_in([value for name, value in vars(self.owner).items() if name != "_modules"])]
+        return unregistered_in(self.owner)
 
     def called_modules(self) -> ModuleGroup:
         """Return the modules directly in this one. A list or dict, which is never called itself, is replaced by the
@@ -154,6 +155,22 @@ class Target:
         if known.get(COMPILED) is not None:
             return self.owner._call_impl
         return known["_modules"].get(WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
+
+
+def all_modules(owners: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return all modules in some modules, those that they hold in plain lists and the like included."""
+    found: dict[nn.Module, None] = {}
+    owners = [*owners]
+    for owner in owners:
+        new = [module for module in owner.modules() if module not in found]
+        found.update(dict.fromkeys(new))
+        owners += chain.from_iterable(map(unregistered_in, new))
+    return [*found]
+
+
+def unregistered_in(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that a module holds in plain lists and dictionaries, or otherwise beside its children."""
+    return [*_modules_in([value for name, value in vars(module).items() if name != "_modules"])]
 
 
 def _modules_in(value: Any, levels: int = 4) -> Iterator[nn.Module]:

@@ -3,7 +3,7 @@
 import gc
 import random
 import weakref
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from threading import Thread
 from types import SimpleNamespace
 
@@ -74,6 +74,81 @@ def test_what_a_model_keeps_is_what_it_kept_before(x):
     fresh = Keeping()
     fresh(x)
     assert torch.equal(net(x), fresh(x))
+
+
+class Bank:
+    """An object that a module calls and that keeps what it gets."""
+
+    def __init__(self):
+        self.kept, self.sums = [], {"all": torch.zeros(WIDTH)}
+
+    def __call__(self, x):
+        self.kept.append(x)
+        self.sums["all"] += x.sum(0)
+
+
+class Remembering(nn.Module):
+    """A module with state in plain tensors, containers, arrays, objects, and modules that it does not register."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.beside = linear(), [nn.Sequential(linear(), nn.BatchNorm1d(WIDTH))]
+        self.steps, self.hidden = torch.zeros(1), self.lin(inputs(0)).mean(0)  # the latter with gradients
+        self.queue, self.names, self.order = deque(maxlen=3), set(), OrderedDict(first=1)
+        self.log, self.counts, self.nested = defaultdict(list), Counter(), {"in": [{"seen": []}]}
+        self.array, self.bank, self.cache = np.zeros(2), Bank(), transformers.DynamicCache()
+        self.tied = [self.lin.weight]
+
+    def forward(self, x):
+        y = self.beside[0](self.lin(x)) + self.hidden + x @ self.tied[0]
+        self.steps += 1
+        self.hidden = y.mean(0)
+        self.queue.append(y), self.names.add(len(y)), self.order.update(last=y), self.order.move_to_end("first")
+        self.log["shape"].append(y.shape), self.nested["in"][0]["seen"].append(y), self.bank(y)
+        self.counts["calls"] += 1
+        self.array += 1
+        self.cache.update(y[:, None, None], y[:, None, None], 0)
+        self.beside[0].calls = self.counts["calls"]
+        if not hasattr(self, "made"):
+            self.made = linear()
+        return torch.stack([*self.queue]).mean(0) / self.steps + self.bank.sums["all"]
+
+
+def remembered(net):
+    """Return everything that such a module holds, in words."""
+    inside = {name: str(value.detach()) for name, value in net.state_dict(keep_vars=True).items()}
+    of_objects = [str(vars(net.bank)), str([vars(layer) for layer in net.cache.layers])]
+    return str(vars(net)), inside, of_objects, str(vars(net.beside[0])), str(net.beside[0].state_dict())
+
+
+def test_state_in_attributes_of_any_kind(x):
+    torch.manual_seed(0)
+    net = Remembering()
+    held, before = dict(vars(net)), remembered(net)
+    for _ in range(2):
+        with Model(net).scan(x) as run:
+            assert run.lin.output.shape == (2, WIDTH)
+        assert is_fake(run.result)
+        assert remembered(net) == before
+        assert vars(net).keys() == held.keys() and all(vars(net)[name] is value for name, value in held.items())
+    torch.manual_seed(0)
+    fresh = Remembering()
+    torch.manual_seed(1)
+    right = fresh(x), fresh(x)
+    torch.manual_seed(1)
+    assert torch.equal(net(x), right[0]) and torch.equal(net(x), right[1])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_state_after_two_scans_at_once(x, first):
+    net = Remembering()
+    held, before = dict(vars(net)), remembered(net)
+    runs = [Model(net).scan(x), Model(net).scan(x)]
+    for run in runs:
+        assert run.lin.output.shape == (2, WIDTH)
+    for index in (first, 1 - first):
+        assert is_fake(runs[index].result)
+    assert remembered(net) == before and all(vars(net)[name] is value for name, value in held.items())
 
 
 def caches(net):
