@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,29 +31,39 @@ def is_about_values(error: Exception) -> bool:
     )
 
 
-def values_needed(function: Callable, components: Sequence[Target]) -> ScanError:
-    """Return the error for a function that needs values, naming the module and the line that called it."""
-    frame = sys._getframe(1)
-    module = _innermost_module(frame, components)
+def values_needed(function: Callable, components: Sequence[Target], error: Exception | None = None) -> ScanError:
+    """Return the error for a function that needs values, naming the module and the line that called it.
+
+    `error` is that of PyTorch, if it has raised one."""
+    frames = _frames(sys._getframe(1))
+    call = next((place for place, frame in enumerate(frames) if frame.f_code is _MODULE_CALL), None)
+    module = None if call is None else _path_of(frames[call].f_locals.get("self"), components)
     asks = module or ("the body" if current_owner() is None else "the model")
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
-        frame = frame.f_back
+    # The line outside PyTorch, or else that in the `forward` of a module of PyTorch.
+    outside = (frame for frame in frames if not frame.f_code.co_filename.startswith((_HERE, _TORCH)))
+    inside = [frame for frame in frames[:call] if not frame.f_code.co_filename.startswith(_HERE)]
+    frame = next(outside, inside[-1] if inside else frames[0])
     name = getattr(function, "__name__", str(function))
+    place = f"({name}, at {frame.f_code.co_filename}:{frame.f_lineno})"
     instead = f", or skip this part: `{in_run(module)}.skip(value)`" if module else ""
-    return ScanError(
-        f"{asks} asks for the values of a tensor ({name}, at {frame.f_code.co_filename}:{frame.f_lineno}), but a scan "
-        f"knows only its shape, so it cannot go past this line. Use a real run{instead}"
-    )
+    if isinstance(error, UnsupportedOperatorException) or str(error).startswith("Could not run"):
+        why = f"{asks} calls a function {place} that PyTorch cannot compute on shapes alone"
+    else:
+        why = f"{asks} asks for the values of a tensor {place}, but a scan knows only its shape"
+    return ScanError(f"{why}, so it cannot go past this line. Use a real run{instead}")
 
 
-def _innermost_module(frame: FrameType | None, components: Sequence[Target]) -> str | None:
-    """Return the path of the module in whose call a frame stands."""
-    while frame is not None and frame.f_code is not _MODULE_CALL:
+def _frames(frame: FrameType | None) -> list[FrameType]:
+    """Return a frame and those around it, innermost first."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
         frame = frame.f_back
-    if frame is None:
-        return None
-    called = frame.f_locals.get("self")
-    return next((path for path, module in modules_with_paths(components) if module is called), None)
+    return frames
+
+
+def _path_of(module: Any, components: Sequence[Target]) -> str | None:
+    return next((path for path, other in modules_with_paths(components) if other is module), None)
 
 
 def modules_with_paths(components: Sequence[Target]) -> Iterator[tuple[str, nn.Module]]:

@@ -155,7 +155,7 @@ class ScanMode(TorchFunctionMode):
             result = (_grouped_product if function in _GROUPED else function)(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             if is_about_values(error):
-                raise values_needed(function, self._components) from error
+                raise values_needed(function, self._components, error) from error
             raise
         is_cast = isinstance(result, FakeTensor) and id(found.first) in self._unknown and _is_in_apply()
         return self._cast(found.first, result) if is_cast else result

@@ -1,5 +1,6 @@
 """Values that a scan knows, such as masks and lengths, and the error for those that it does not know."""
 
+import inspect
 from collections import OrderedDict
 
 import pytest
@@ -49,6 +50,20 @@ def test_the_body_asks_for_values(some, x, ask):
     with pytest.raises(DiffsightError, match="the body asks for the values"):
         with Model(some).scan(x) as run:
             ask(run.layers[0].output)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_a_function_that_has_no_version_for_shapes(x, is_inside):
+    net = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear(), nn.ReLU()), {nn.Linear})
+    if is_inside:
+        net = Calling(lambda self, x: self.part[0](x), part=net)
+    with pytest.raises(ScanError, match=r"a function .*that PyTorch cannot compute on shapes alone") as caught:
+        Model(net).scan(x).result
+    line = inspect.getsourcelines(test_a_function_that_has_no_version_for_shapes)[1] + 5
+    place = f"{__file__}:{line}" if is_inside else "quantized/dynamic/modules/linear.py"
+    assert "(linear_dynamic, at " in str(caught.value) and place in str(caught.value)
+    assert ("run.part[0].skip" if is_inside else "run[0].skip") in str(caught.value)
 
 
 def test_other_errors_of_the_model_are_its_own(x, caplog):
