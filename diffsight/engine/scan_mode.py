@@ -7,7 +7,8 @@ returns another. This mode decides what is fake, depending on where the code run
   masks, stay real, and so does everything computed from them alone, so models can look at their values.
 - Between components, in the pipeline's own code, schedulers and post-processing, tensors are real. Only weights are
   fake there, and results computed from a weight and a real tensor are zeros.
-- In the body of the `with` statement, tensors are real except for weights and the values inside components.
+- In the body of the `with` statement, tensors are real except for weights and the values inside components. A copy of
+  a weight, as `copy.deepcopy(net)` and `torch.save(net, file)` make it, is real too.
 
 Running the model inside `FakeTensorMode(allow_non_fake_inputs=True)` is not enough (PyTorch 2.13). The tests named here
 are in tests/engine/test_scan*.py:
@@ -128,6 +129,8 @@ class ScanMode(TorchFunctionMode):
         kwargs = kwargs or {}
         owner = current_owner()
         if owner is not None and getattr(owner, "body_mode", None) is not self:  # the model of another run, in the body
+            return function(*args, **kwargs)
+        if owner is None and _is_in_copy() and not any(isinstance(value, FakeTensor) for value in args):
             return function(*args, **kwargs)
         found = _Arguments(args, kwargs, self._twin)
         if not found.has_fake:
@@ -268,6 +271,22 @@ def _is_in_apply() -> bool:
     return frame is not None and frame.f_back is not None and frame.f_back.f_code is _APPLY
 
 
+def _is_in_copy() -> bool:
+    """Return whether the call comes from a method of PyTorch that copies a tensor, or prepares it for `pickle`."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename in _FILES_OF_COPIES:
+        if frame.f_code in _COPIES:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_COPIES = {
+    getattr(kind, name).__code__
+    for kind in (torch.Tensor, nn.Parameter)
+    for name in ("__deepcopy__", "__reduce_ex__", "_reduce_ex_internal")
+}
+_FILES_OF_COPIES = {__file__, torch.overrides.__file__, *(code.co_filename for code in _COPIES)}
 _APPLY = nn.Module._apply.__code__
 _ARITHMETIC = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 _WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _ARITHMETIC)}
@@ -276,6 +295,6 @@ _LARGEST_MASK = 2**22  # elements
 _GROUPED = {getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped_mm", None)} - {None}
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _ASKING = ("item", "tolist", "numpy", "equal", "nonzero", "__array__", "__bool__", "__complex__", "__float__")
-_READING = {getattr(torch.Tensor, name) for name in (*_ASKING, "__format__", "__index__", "__int__")}
+_READING = {getattr(torch.Tensor, name) for name in (*_ASKING, "__format__", "__index__", "__int__", "__reduce_ex__")}
 
 logging.getLogger("torch._subclasses.fake_tensor").addFilter(Unreported(ScanMode.__torch_function__))

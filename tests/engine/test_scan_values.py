@@ -1,15 +1,19 @@
 """Values that a scan knows, such as masks and lengths, and the error for those that it does not know."""
 
+import copy
 import inspect
+import io
+import pickle
 from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from diffsight import DiffsightError, Model
 from diffsight.errors import ScanError
-from models.nets import Calling, linear
+from models.nets import WIDTH, Calling, linear
 
 pytestmark = pytest.mark.usefixtures("no_mode_is_left")
 
@@ -50,6 +54,40 @@ def test_the_body_asks_for_values(some, x, ask):
     with pytest.raises(DiffsightError, match="the body asks for the values"):
         with Model(some).scan(x) as run:
             ask(run.layers[0].output)
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPYING = {"deepcopy": copy.deepcopy, "pickle": lambda net: pickle.loads(pickle.dumps(net)), "save": saved}
+
+
+@pytest.mark.parametrize("copied", COPYING.values(), ids=COPYING)
+def test_copies_that_the_body_makes_of_a_model_have_weights(x, copied):
+    net = nn.Sequential(linear(), nn.BatchNorm1d(WIDTH), linear())
+    net[2].weight = net[0].weight
+    right = net.state_dict(keep_vars=True)
+    with Model(net).scan(x) as run:
+        assert run[0].output.shape == (2, WIDTH)
+        other = copied(net)
+        buffer = copied(net[1].running_var)
+        assert not is_fake(other.eval()(x))
+    assert torch.equal(buffer, right["1.running_var"])
+    found = other.state_dict(keep_vars=True)
+    assert other[2].weight is other[0].weight and found.keys() == right.keys()
+    for name, value in found.items():
+        assert type(value) is type(right[name]) and value is not right[name]
+        assert torch.equal(value, right[name])
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, saved])
+def test_tensors_without_values_are_not_saved(some, x, save):
+    with pytest.raises(ScanError, match="the body asks for the values"), Model(some).scan(x) as run:
+        save(run.layers[0].output)
 
 
 @pytest.mark.filterwarnings("ignore")
