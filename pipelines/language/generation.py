@@ -319,9 +319,25 @@ def generation_argument_names(net: nn.Module) -> set[str]:
 
 
 def setting(net: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of a call of `generate`, from its arguments or else the generation config, or None."""
-    config = arguments.get("generation_config") or getattr(net, "generation_config", None)
-    return arguments.get(name, getattr(config, name, None))
+    """Return a setting of a call of `generate`: from its arguments, or else the first generation config that sets it,
+    the one that was passed or the model's own. None if it is not set."""
+    if name in arguments:
+        return arguments[name]
+    configs = (arguments.get("generation_config"), getattr(net, "generation_config", None))
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def inferred_mask(net: nn.Module, ids: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the mask that transformers' `generate` infers for token ids that are passed without one, or None if it
+    takes all of them for real tokens.
+
+    Padding tokens count as padding, unless the padding token also ends a text. Nothing is inferred for an encoder."""
+    padding, ends = (setting(net, arguments, name) for name in ("pad_token_id", "eos_token_id"))
+    if padding is None or net.config.is_encoder_decoder or ids.is_meta:
+        return None
+    is_end = ends is not None and padding in torch.as_tensor(ends).flatten().tolist()
+    return None if is_end else ids.ne(padding).long()
 
 
 def _prompt_length(net: nn.Module, arguments: Mapping[str, Any]) -> int:

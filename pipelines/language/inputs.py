@@ -77,6 +77,10 @@ class Inputs:
         values = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in self.values.items()}
         return Inputs(values, self.rows)
 
+    def with_mask(self, mask: torch.Tensor | None) -> "Inputs":
+        """Return the inputs with the mask that the model infers for them, if any."""
+        return self if mask is None else Inputs({**self.values, "attention_mask": mask}, self.rows)
+
 
 PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # arguments that describe the token ids
 OF_TOKENIZERS = {  # what a tokenizer can return beside a model's arguments
@@ -189,7 +193,10 @@ def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
     if kind == "numbers":
         return {"input_ids": torch.tensor([[int(n) for n in given]])}
     if kind == "token ids":
-        return pad([_ids(_tensor("token ids", ids)).flatten() for ids in given], padding_token(tokenizer), left)
+        rows = [_ids(_tensor("token ids", ids)).flatten() for ids in given]
+        if len({len(row) for row in rows}) == 1:  # the same as a tensor of them
+            return {"input_ids": torch.stack(rows)}
+        return pad(rows, padding_token(tokenizer), left)
     if kind == "messages":
         return _of_chats(tokenizer, [given], left)
     if kind == "chats":

@@ -50,6 +50,7 @@ from diffsight.pipelines.language.generation import (
     GenerationRun,
     decoded,
     generation_argument_names,
+    inferred_mask,
     one_or_many,
     set_generated,
     setting,
@@ -329,10 +330,11 @@ class LanguageModel(Accessors, Model):
         encoded = self._on_device(self._encode(inputs, kwargs, writes=True))
         left_out = self._left_out_of_generate
         given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
-        if "attention_mask" not in given and encoded.tokens is not None:
-            given["attention_mask"] = torch.ones_like(encoded.tokens)
         generated = GeneratedTokens(self.tokenizer)
         given |= {} if inputs is None else _beside(encoded, kwargs)
+        infers = is_usual and self.takes_argument("attention_mask")
+        if infers and encoded.tokens is not None and given.get("attention_mask") is None:
+            encoded = encoded.with_mask(inferred_mask(self._owner, encoded.tokens, given))
         given["stopping_criteria"] = generated.along_with(self._owner, given)
         if is_usual and self.tokenizer is not None and setting(self._owner, given, "stop_strings") is not None:
             given.setdefault("tokenizer", self.tokenizer)  # `generate` needs it to find them

@@ -60,6 +60,26 @@ def test_generating_where_padding_cannot_be_ignored():
     assert len(model.generate(alike, max_new_tokens=2).result) == 2
 
 
+@pytest.mark.parametrize("pass_ids", [torch.Tensor.clone, torch.Tensor.tolist, lambda ids: {"input_ids": ids}])
+def test_generate_finds_the_padding_in_token_ids_as_the_bare_model_does(pass_ids):
+    net = architectures.build_causal("llama")
+    net.generation_config.pad_token_id, model = 0, LanguageModel(net)
+    padded, length = torch.stack([LONG, torch.cat([torch.zeros(len(LONG) - len(SHORT)).long(), SHORT])]), len(LONG)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    bare = net.generate(padded, **arguments)
+    assert torch.equal(bare[1, length:], net.generate(SHORT[None], **arguments)[0, len(SHORT) :])
+    assert torch.equal(model.generate(pass_ids(padded), **arguments).result, bare)
+    of_user = {"generation_config": transformers.GenerationConfig(**arguments)}  # without a padding token
+    assert torch.equal(model.generate(pass_ids(padded), **of_user).result, net.generate(padded, **of_user))
+    with model.generate(pass_ids(padded), **arguments) as run:
+        before = run.layers_output[1].clone()
+        run.steer(1, torch.ones(before.shape[-1]), positions=0)  # of each row, its first token that is not padding
+        added = run.layers_output[1] - before
+    assert torch.equal(run.mask.bool(), padded != 0)
+    assert added.sum(-1).nonzero().tolist() == [[0, 0], [1, length - len(SHORT)]]
+    assert torch.equal(model.trace(pass_ids(padded)).result.logits, net(padded).logits)  # a forward pass finds none
+
+
 def test_roberta_generates_from_several_lengths():
     model = LanguageModel(architectures.build_causal("roberta"))
     arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 1}

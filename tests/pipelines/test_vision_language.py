@@ -96,6 +96,15 @@ def test_generates_like_the_bare_model(net_and_processor):
     assert run.text == processor.tokenizer.decode(expected[0, start:], skip_special_tokens=True)
 
 
+def test_generates_from_padded_token_ids_like_the_bare_model(llava):
+    net, ids = llava.module, torch.tensor([[0, 0, 0, 7, 8], [8, 9, 5, 7, 11]])
+    more = FOUR | {"pad_token_id": 0, "eos_token_id": None}
+    bare = net.generate(ids, **more)
+    assert torch.equal(bare[0, 5:], net.generate(ids[:1, 3:], **more)[0, 2:])
+    assert torch.equal(llava.generate({"input_ids": ids}, **more).result, bare)
+    assert torch.equal(llava.generate(ids, **more).result, bare)
+
+
 def test_steps_through_the_generated_tokens(net_and_processor):
     net, processor = net_and_processor
     values = bare_inputs(processor)
