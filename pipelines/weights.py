@@ -59,12 +59,14 @@ class MissingWeightsError(OSError):
 
 @contextmanager
 def requiring_all_weights() -> Iterator[None]:
-    """Raise MissingWeightsError if the files of a model that is loaded in the block lack weights.
+    """Raise MissingWeightsError if the files of a model that is loaded in the block lack weights, and RuntimeError,
+    naming them, if weights do not fit a model of transformers, whose own error refers to a report in the log.
 
     transformers and diffusers would initialize them randomly, or leave them on the meta device, and print a notice
     that is easily overlooked. The same holds for an adapter that transformers loads with a model. Weights that a model
     declares as optional or ties to other weights do not count as missing."""
     lacking: dict[str, list[str]] = {}
+    misfits: dict[str, list[str]] = {}
     thread = get_ident()
 
     def note(name: str, missing_keys: Iterable[str]) -> None:
@@ -76,7 +78,12 @@ def requiring_all_weights() -> Iterator[None]:
         load_adapter = vars(PeftAdapterMixin)["load_adapter"]
 
         def recording(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
-            found = finalize(model, load_config, loading_info)
+            try:
+                found = finalize(model, load_config, loading_info)
+            except RuntimeError:
+                if get_ident() == thread:
+                    misfits[type(model).__name__] = _misfits(loading_info)
+                raise
             note(type(model).__name__, found.missing_keys)
             return found
 
@@ -99,11 +106,25 @@ def requiring_all_weights() -> Iterator[None]:
 
                 method = classmethod(recording_diffusers)
                 replaced.enter_context(_replaced(modeling.ModelMixin, "_load_pretrained_model", method))
-            yield
+            try:
+                yield
+            except Exception as error:
+                if not any(misfits.values()):
+                    raise
+                raise RuntimeError(_told(misfits, "does not fit its files:")) from error
     if lacking:
-        raise MissingWeightsError(
-            "; ".join(f"{model} lacks the weights {_listed(keys)}" for model, keys in lacking.items())
-        )
+        raise MissingWeightsError(_told(lacking, "lacks the weights"))
+
+
+def _misfits(loading_info: Any) -> list[str]:
+    """Return which weights of a model's files do not fit the model: those of another shape, and those that cannot be
+    converted to its form."""
+    shapes = (
+        f"{key} has the shape {tuple(saved)} in the files and {tuple(built)} in the model"
+        for key, saved, built in sorted(loading_info.mismatched_keys)
+    )
+    failed = sorted(loading_info.conversion_errors.items())
+    return [*shapes, *(f"{key} cannot be converted ({text.splitlines()[-1]})" for key, text in failed)]
 
 
 @contextmanager
@@ -115,6 +136,10 @@ def _replaced(kind: type, name: str, method: Any) -> Iterator[None]:
         yield
     finally:
         setattr(kind, name, own)
+
+
+def _told(found: dict[str, list[str]], what: str) -> str:
+    return "; ".join(f"{model} {what} {_listed(keys)}" for model, keys in found.items() if keys)
 
 
 def _listed(keys: list[str]) -> str:

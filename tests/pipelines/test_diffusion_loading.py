@@ -262,6 +262,30 @@ def test_weights_that_are_missing_from_a_language_model_are_listed(tmp_path):
         LanguageModel(tmp_path, dispatch=True)
 
 
+def change_configuration(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    shutil.copytree(FOLDERS[CLIP], tmp_path / "pipe")
+    file = tmp_path / "pipe/text_encoder/config.json"
+    size = json.loads(file.read_text())["vocab_size"]
+    change_configuration(file, vocab_size=size + 1)
+    told = rf"CLIPTextModel .* embeddings\.token_embedding\.weight has the shape \({size}, .* and \({size + 1}, "
+    with pytest.raises(InputError, match=told):
+        DiffusionModel(tmp_path / "pipe", dispatch=True)
+
+
+def test_weights_of_another_shape_are_named_for_a_language_model(tmp_path):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    change_configuration(tmp_path / "config.json", vocab_size=65)
+    model = LanguageModel(tmp_path)
+    told = r"transformer\.wte\.weight has the shape \(64, 32\) in the files and \(65, 32\) in the model"
+    with pytest.raises(InputError, match=told):
+        model.trace([1, 2]).finish()
+
+
 def with_part(folder, entry):
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"safety_checker": entry}))

@@ -1,5 +1,6 @@
 """HFPipeline: transformers pipelines for many tasks, compared with the bare pipelines and plain hooks."""
 
+import json
 import socket
 import time
 import warnings
@@ -428,6 +429,14 @@ def test_weights_that_are_missing_are_listed(classifier, tmp_path):
         HFPipeline("fill-mask", model=tmp_path)
     without_weights(tmp_path / "model.safetensors", "layer.1.")
     with pytest.raises(InputError, match=r"BertForSequenceClassification lacks the weights bert\.encoder\.layer\.1\."):
+        HFPipeline("text-classification", model=tmp_path)
+
+
+def test_weights_of_another_shape_are_named(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 99}))
+    with pytest.raises(InputError, match=r"Classification does not fit its files: bert\.encoder\.layer\.0\..* \(99"):
         HFPipeline("text-classification", model=tmp_path)
 
 
