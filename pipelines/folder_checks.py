@@ -1,7 +1,7 @@
 """Check small files in a model's folder whose errors the libraries report misleadingly or not at all.
 
-transformers replaces a missing vocabulary with an empty one, and mistakes a configuration that is not a dictionary for
-the name of a model on the hub.
+transformers replaces a missing vocabulary with an empty one, and the missing configuration of a part of a pipeline with
+the default of its class. It mistakes a configuration that is not a dictionary for the name of a model on the hub.
 """
 
 import json
@@ -25,6 +25,14 @@ def check_configurations(folder: Path) -> None:
                 raise ValueError(f"{file} is not valid JSON") from None
             if not isinstance(found, dict):
                 raise ValueError(f"{file} holds a {type(found).__name__}, not a dictionary")
+
+
+def check_has_configuration(folder: Path, part: str) -> None:
+    """Raise OSError if a part of a model folder, a module, has no configuration.
+
+    If `folder` is not a folder but the name of a repository, nothing is checked."""
+    if folder.is_dir() and not (folder / part / "config.json").is_file():
+        raise OSError(f"there is no config.json in {folder / part}")
 
 
 def check_vocabulary(folder: Path, loaded: Any, part: str = "") -> None:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments, signature
-from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
+from diffsight.pipelines.folder_checks import check_configurations, check_has_configuration, check_vocabulary
 from diffsight.pipelines.hub_access import hub_access, hub_file
 from diffsight.pipelines.loading_arguments import (
     check_modular_arguments,
@@ -166,8 +166,10 @@ def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:
     for name, entry in index.items():
         if isinstance(entry, (list, tuple)) and len(entry) == 3:
             library, kind = entry[2].get("type_hint") or entry[:2]
-            if library is not None:
-                _class(name, library, kind, trusts_code)
+            cls = None if library is None else _class(name, library, kind, trusts_code)
+            source = entry[2].get("pretrained_model_name_or_path")
+            if cls is not None and source:
+                check_has_configuration(Path(source), entry[2].get("subfolder") or "")
     of_loading = {key: arguments[key] for key in arguments if key not in _OF_MODULAR}
     of_index = {key: arguments[key] for key in (*_OF_MODULAR, *_OF_HUB) if key in arguments}
     pipeline = ModularPipeline.from_pretrained(place, **of_index)
@@ -223,13 +225,15 @@ def _module_classes(
     These are the modules that diffusers and transformers build from a configuration, except those that `arguments`
     contain. `weights` says whether there are weight files.
 
-    Raises OSError if a module is missing in a folder, and ValueError if a part needs code that may not be run."""
+    Raises OSError if a module or its configuration is missing in a folder, and ValueError if a part needs code that may
+    not be run."""
     classes = {}
     for name, entry in index.items():
         if name.startswith("_") or name in arguments or not _is_part(entry) or None in entry:
             continue
         cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
+            check_has_configuration(Path(place), name)
             if weights:
                 check_weights(Path(place), name)
             classes[name] = cls

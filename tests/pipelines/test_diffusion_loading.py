@@ -218,6 +218,16 @@ def test_a_folder_that_lacks_a_part(saved_pipeline, tmp_path, missing):
     assert str(folder) in refusal(DiffusionModel, folder)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_part_without_a_configuration(saved_pipeline, tmp_path, part):
+    """transformers would build the text encoder from its default configuration."""
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    (tmp_path / "pipe" / part / "config.json").unlink()
+    for options in ({}, {"dispatch": True}):
+        told = refusal(DiffusionModel, tmp_path / "pipe", **options)
+        assert f"there is no config.json in {tmp_path / 'pipe' / part}" in told
+
+
 @pytest.mark.parametrize("source", [3, None, torch.nn.Linear(1, 1), diffusers.StableDiffusionPipeline])
 def test_something_that_names_no_pipeline(source):
     assert f"not {type(source).__name__}" in refusal(DiffusionModel, source)

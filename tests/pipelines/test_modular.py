@@ -279,6 +279,11 @@ def test_from_a_folder(sdxl, tmp_path):
     loaded.load_components()
     expected = sdxl.bare(loaded)
     assert torch.equal(DiffusionModel(tmp_path / "saved").generate(**sdxl.call, seed=0).images, expected)
+    configuration = tmp_path / "saved" / "text_encoder" / "config.json"
+    configuration.rename(tmp_path / "config.json")
+    with pytest.raises(InputError, match=rf"there is no config\.json in {configuration.parent}"):
+        DiffusionModel(tmp_path / "saved")
+    (tmp_path / "config.json").rename(configuration)
     index = tmp_path / "saved" / "modular_model_index.json"
     entries = json.loads(index.read_text())
     entries["unet"][2]["type_hint"] = ["some_library", "Net"]
