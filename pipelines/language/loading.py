@@ -227,13 +227,22 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
         return str(path.parent), {"gguf_file": path.name}
     if find_path(name) is not None and path.is_dir():
         if not (path / "config.json").is_file():
-            found = sorted(path.glob("*.gguf"))
-            hint = f"; it has {found[0].name}: name that file" if found else ""
-            raise InputError(f"the folder {name!r} is not a language model, because it has no config.json{hint}")
+            raise InputError(f"the folder {name!r} is not a language model, because it has no config.json{_hint(path)}")
         return str(path), {}
     if name.startswith("diffsight/") or not _HUB_ID.fullmatch(name):
         raise InputError(_unknown(name))
     return name, {}
+
+
+def _hint(folder: Path) -> str:
+    """Return what to open instead of a folder without a configuration."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            ". It is an adapter, so load it with its model, as in "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}), and pass the live (model, tokenizer)"
+        )
+    found = sorted(folder.glob("*.gguf"))
+    return f"; it has {found[0].name}: name that file" if found else ""
 
 
 # ---- errors in the user's terms

@@ -602,6 +602,10 @@ def test_an_unknown_model(source, words):
 def test_folders_and_files_that_are_not_models(tmp_path, net):
     with pytest.raises(InputError, match=r"is not a language model, because it has no config\.json"):
         LanguageModel(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is an adapter, .* AutoModelForCausalLM\.from_pretrained\('/.*'\)"):
+        LanguageModel(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"it has weights\.gguf: name that file"):
         LanguageModel(tmp_path)
