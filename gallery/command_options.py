@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diffsight.errors import InputError
 from diffsight.gallery.option_parsing import (
     parse_layers,
+    parse_path,
     parse_pipeline_setting,
     parse_positive,
     parse_seed,
@@ -49,7 +50,7 @@ def add_prompts(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help=what)
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=parse_path,
         metavar="FILE",
         help="a study: a file with a prompt in each line, or a TSV or JSONL file with a column or key `prompt`",
     )
@@ -70,7 +71,7 @@ def add_model(parser: argparse.ArgumentParser, default: str, lens: str) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=parse_path,
         default=OUT / parser.prog.split()[-1],
         metavar="PATH",
         help="folder to write, or a file that ends with .png or .html (default: %(default)s)",
@@ -80,7 +81,7 @@ def add_model(parser: argparse.ArgumentParser, default: str, lens: str) -> None:
 def add_saved(parser: argparse.ArgumentParser, name: str, what: str) -> None:
     """Add the argument for saved results; by default, the folder that commands write to."""
     parser.add_argument(
-        name, metavar=name.upper(), type=Path, nargs="?", default=OUT, help=f"{what} (default: %(default)s)"
+        name, metavar=name.upper(), type=parse_path, nargs="?", default=OUT, help=f"{what} (default: %(default)s)"
     )
 
 

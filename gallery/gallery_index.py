@@ -29,6 +29,7 @@ from diffsight.lenses.results.thumbnail import GRID, THUMBNAIL, write_thumbnail
 from diffsight.pipelines.local_paths import find_path, printable, shortened
 
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
+_MARK = b"galleryData("  # in both files of a gallery
 _IMAGES = (".png", ".gif", ".jpg", ".webp")
 _SMALL = 200_000  # images up to this many bytes are shown directly, without a thumbnail
 _PARTS = Path(__file__).parent / "gallery_parts"
@@ -52,12 +53,12 @@ def write_gallery(folder: str | Path) -> Path:
         RuntimeWarning: A record is damaged. Its result is left out.
 
     Raises:
-        InputError: The folder does not exist, has no results, or cannot be written.
+        InputError: The folder does not exist, has no results, cannot be written, or has another page of that name.
     """
     given, folder = folder, find_path(folder)
     if folder is None or not folder.is_dir():
         raise InputError(f"{shortened(str(given))} is not a folder")
-    check_writable(folder)
+    check_gallery_place(folder)
     found, shown = list(find_results(folder)), []
     with ThreadPoolExecutor() as workers:
         for result, entry in zip(found, workers.map(partial(_entry_or_error, folder), found)):
@@ -73,6 +74,16 @@ def write_gallery(folder: str | Path) -> Path:
     writes = {DATA: data, PAGE: page}
     save_files(folder, {name: _writer(text) for name, text in writes.items()})
     return folder / PAGE
+
+
+def check_gallery_place(folder: Path) -> None:
+    """Raise InputError if the gallery cannot be written into a folder, or would replace a file that is not its own."""
+    check_writable(folder)
+    for path in (folder / PAGE, folder / DATA):
+        if path.is_file() and _MARK not in path.read_bytes():
+            raise InputError(
+                f"{path} is not the page of a gallery, which would replace it: move it, or choose another folder"
+            )
 
 
 def find_results(folder: Path) -> Iterator[FoundResult]:

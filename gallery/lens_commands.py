@@ -26,7 +26,7 @@ from diffsight.gallery.command_options import (
     print_paths,
 )
 from diffsight.gallery.model_opening import load_quietly
-from diffsight.gallery.option_parsing import parse_positive, parse_steps
+from diffsight.gallery.option_parsing import parse_path, parse_positive, parse_steps
 
 Make = Callable[[str, int, Path], list[Path]]  # makes a result from a prompt and a seed, and writes it to a folder
 
@@ -158,7 +158,9 @@ def _add_compare(commands: Any) -> None:
         example="--prompts prompts.txt --models diffsight/shapes-clip,diffsight/shapes-t5",
     )
     compare.add_argument("prompt", nargs="*", metavar="PROMPT", help="two prompts or more")
-    compare.add_argument("--prompts", type=Path, metavar="FILE", help="a file with a prompt in each line, or a table")
+    compare.add_argument(
+        "--prompts", type=parse_path, metavar="FILE", help="a file with a prompt in each line, or a table"
+    )
     compare.add_argument("--models", metavar="NAMES", help="several models, separated by commas, in place of --model")
     compare.add_argument("--images", type=int, default=1, help="prompts to draw with the lens (default: %(default)s)")
     add_model(compare, "diffsight/shapes-flux", "compare_encoders")
@@ -315,19 +317,22 @@ def _generate(options: argparse.Namespace) -> None:
     def load() -> Make:
         from diffsight.lenses.results.outputs import image_of
         from diffsight.lenses.results.record import write_record
+        from diffsight.lenses.results.saved_results import check_replaces_own
         from diffsight.lenses.results.saving import names_a_file, save_files
 
         model, arguments = _pipeline(options)
 
         def make(prompt: str, seed: int, out: Path) -> list[Path]:
-            image = image_of(model.generate(prompt, seed=seed, **arguments).images[0])
             out = out.expanduser()
+            names = f"seed_{seed}.json", f"seed_{seed}.png"
+            if not names_a_file(out):
+                check_replaces_own(out, options.lens, names)
+            image = image_of(model.generate(prompt, seed=seed, **arguments).images[0])
             if names_a_file(out):
                 return save_files(out.parent, {out.name: image.save})
-            name = f"seed_{seed}"
             record = {"lens": "generate", "model": options.model, "prompt": prompt, "seed": seed}
-            record |= {"arguments": arguments, "files": [f"{name}.png"]}
-            return save_files(out, {f"{name}.json": partial(write_record, record), f"{name}.png": image.save})
+            record |= {"arguments": arguments, "files": [names[1]]}
+            return save_files(out, dict(zip(names, (partial(write_record, record), image.save))))
 
         return make
 

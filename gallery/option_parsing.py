@@ -6,6 +6,7 @@ parse_layers("embedding,0:4,-1")            # ["embedding", slice(0, 4), -1]
 import argparse
 import ast
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from diffsight.pipelines.diffusion.input_counts import PER_INPUT
@@ -18,6 +19,13 @@ _INSTEAD = {  # what to write in place of an argument of a pipeline
 }
 
 _MOST_SEEDS = 100_000
+
+
+def parse_path(text: str) -> Path:
+    """Parse a path, which must not be empty: `Path("")` is the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: name a folder or a file, or write . for this folder")
+    return Path(text)
 
 
 def parse_layers(text: str) -> list[int | str | slice]:

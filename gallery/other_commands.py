@@ -5,11 +5,10 @@ Libraries that are slow to import are imported by the commands themselves.
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from diffsight.gallery.command_options import LANGUAGE_MODEL, add_command, add_saved
-from diffsight.gallery.option_parsing import parse_positive, parse_setting
+from diffsight.gallery.option_parsing import parse_path, parse_positive, parse_setting
 
 _SECONDS = 2.0  # between two searches for new results
 
@@ -49,7 +48,7 @@ def add_commands(commands: Any) -> None:
     check.add_argument(
         "arguments", nargs="*", default=[], type=parse_setting, metavar="NAME=VALUE", help="arguments of the pipeline"
     )
-    check.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON as well")
+    check.add_argument("--out", type=parse_path, metavar="FILE", help="write the table as JSON as well")
     explore = add_command(
         commands,
         "explore",

@@ -6,7 +6,6 @@ with arguments of the same names. If the lens takes both, the model may be a lan
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from diffsight.errors import InputError
@@ -25,7 +24,7 @@ from diffsight.gallery.command_options import (
     print_paths,
 )
 from diffsight.gallery.model_opening import load_quietly, open_model
-from diffsight.gallery.option_parsing import parse_numbers, parse_positions, parse_positive, parse_windows
+from diffsight.gallery.option_parsing import parse_numbers, parse_path, parse_positions, parse_positive, parse_windows
 
 
 def add_patching_commands(commands: Any) -> None:
@@ -173,7 +172,9 @@ def _add_steering_sweep(commands: Any) -> None:
     )
     sweep.add_argument("prompt", metavar="PROMPT", help="what to draw or to continue")
     for side, what in (("positive", "with a concept"), ("negative", "without it")):
-        sweep.add_argument(f"--{side}", type=Path, required=True, metavar="FILE", help=f"prompts {what}, one a line")
+        sweep.add_argument(
+            f"--{side}", type=parse_path, required=True, metavar="FILE", help=f"prompts {what}, one a line"
+        )
     sweep.add_argument("--factors", type=parse_numbers, required=True, metavar="NUMBERS", help="such as 0,5,10")
     sweep.add_argument("--sites", metavar="SITES", help="paths and patterns, separated by commas")
     add_model(sweep, LANGUAGE_MODEL, "steering_sweep")
@@ -191,7 +192,7 @@ def _add_function_vector(commands: Any) -> None:
         "strongest heads, and writes a figure and a page.",
         example="antonyms.tsv --shots 4 --heads 10 --out antonyms",
     )
-    vector.add_argument("pairs", type=Path, metavar="FILE", help="a question, a tab and its answer in each line")
+    vector.add_argument("pairs", type=parse_path, metavar="FILE", help="a question, a tab and its answer in each line")
     vector.add_argument("--shots", type=parse_positive, default=5, metavar="N", help="examples (default: %(default)s)")
     vector.add_argument("--heads", type=parse_positive, default=10, metavar="N", help="heads (default: %(default)s)")
     add_seed(vector)

@@ -31,8 +31,8 @@ from diffsight.gallery.gallery_index import find_results
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named, public_name
 from diffsight.lenses.results.record import versions
-from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
-from diffsight.lenses.results.saved_results import read_record
+from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.saved_results import ARGUMENTS, PAGE, read_record
 from diffsight.lenses.results.thumbnail import THUMBNAIL
 from diffsight.pipelines.local_paths import find_path, printable, shortened
 

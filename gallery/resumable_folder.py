@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.gallery.gallery_index import find_results, write_gallery
-from diffsight.lenses.results.saving import check_writable, names_a_file, save_files
+from diffsight.gallery.gallery_index import check_gallery_place, find_results, write_gallery
+from diffsight.lenses.results.saving import expanded, names_a_file, save_files
 
 SETTINGS = "study.json"
 _UNFINISHED = ".unfinished"  # results in progress; any found there at the start were interrupted
@@ -39,7 +39,7 @@ class ResumableFolder:
         """Raise InputError if the folder cannot be used for this study."""
         if names_a_file(self.folder):
             raise InputError(f"a study is written into a folder, but {self.folder} is the name of a file")
-        check_writable(self.folder)
+        check_gallery_place(expanded(self.folder))
         path = self.folder / SETTINGS
         if not path.is_file():
             return

@@ -26,7 +26,14 @@ from diffsight.errors import InputError, suggest
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
 from diffsight.lenses.results.record import with_call, write_record
-from diffsight.lenses.results.saved_results import check_holds_no_other, files_of_record, read_record
+from diffsight.lenses.results.saved_results import (
+    ARGUMENTS,
+    PAGE,
+    RECORD,
+    check_replaces_own,
+    files_of_record,
+    read_record,
+)
 from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files
 from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.results.shown_settings import subject_of
@@ -37,8 +44,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderableType
 
-PAGE = "page.html"
-ARGUMENTS = "arguments.safetensors"
 _OTHER_NAMES = {
     "animate": "save",
     "code": "call",
@@ -76,7 +81,7 @@ class LensResult:
         call: The call that made the result.
     """
 
-    record_file: ClassVar[str] = "lens.json"
+    record_file: ClassVar[str] = RECORD
     call: Call | None = field(default=None, kw_only=True, repr=False)
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # of a subclass that is a mapping, too
@@ -108,7 +113,8 @@ class LensResult:
     def save(self, path: str | Path) -> list[Path]:
         """Write all files of the result into a folder, or none of them, and return their paths.
 
-        A result of the same lens that was saved there before is replaced. Other files stay.
+        A result of the same lens that was saved there before is replaced. Other files stay, and the result is not
+        saved if it would replace one of them.
 
             result.save("lens")             # a folder
             result.save("lens.png")         # one image: what `preview` returns
@@ -118,7 +124,8 @@ class LensResult:
             path: A folder, or a file that ends with .png, .jpg, .jpeg, .webp, .pdf, .svg or .html.
 
         Raises:
-            InputError: The folder cannot be written to or holds a result of another lens, or the result has no image.
+            InputError: The folder cannot be written to, holds a result of another lens, or holds another file with the
+                name of one of the result's files; or the result has no image.
         """
         path = expanded(path)
         if names_a_file(path):
@@ -126,12 +133,12 @@ class LensResult:
             write = self._write_page if path.suffix.lower() == HTML else self._write_image
             return save_files(path.parent, {path.name: write})
         record = self.record()
-        check_holds_no_other(path, record["lens"])
         files = {PAGE: self._write_page, **self.files()}
         if self.call is not None and self.call.tensors:
             files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))
         if GRID in files:
             files[THUMBNAIL] = lambda path: write_thumbnail(path.with_name(GRID), path)
+        check_replaces_own(path, record["lens"], (self.record_file, *files))
         record = {**with_call(record, self.call), "files": list(files)}
         replaced = files_of_record(read_record(path / self.record_file) or {})
         paths = save_files(path, {self.record_file: partial(write_record, record), **files})

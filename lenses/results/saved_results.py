@@ -1,16 +1,21 @@
 """Saved results, as their records describe them, and the folders that hold them.
 
-check_place("lens", "diffusion_lens")       # an error if the folder holds a result of another lens
+check_place("lens", "diffusion_lens")       # an error if it holds a result of another lens, or other files
 read_record(Path("lens/lens.json"))
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.results.saving import check_file, check_writable, expanded, names_a_file
+from diffsight.lenses.results.thumbnail import GRID, THUMBNAIL
+
+RECORD, PAGE, ARGUMENTS = "lens.json", "page.html", "arguments.safetensors"
+_OF_MOST = (RECORD, PAGE, ARGUMENTS, GRID, THUMBNAIL)  # the files that results of most lenses have
 
 
 def check_place(path: str | Path, lens: str) -> None:
@@ -19,17 +24,29 @@ def check_place(path: str | Path, lens: str) -> None:
     if names_a_file(path):
         check_file(path)
     else:
-        check_holds_no_other(check_writable(path), lens)
+        check_replaces_own(check_writable(path), lens, _OF_MOST)
 
 
-def check_holds_no_other(folder: Path, lens: str) -> None:
-    """Raise InputError if a folder holds a result of another lens, whose page and images would be overwritten."""
+def check_replaces_own(folder: Path, lens: str, names: Iterable[str]) -> None:
+    """Raise InputError if a folder holds a result of another lens, whose page and images would be overwritten, or files
+    with these names that are not of a saved result."""
+    own = set()
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         record = read_record(path)
-        if record is not None and record["lens"] != lens and files_of_record(record):
+        if record is None:
+            continue
+        files = files_of_record(record)
+        if record["lens"] != lens and files:
             raise InputError(
                 f"the folder {folder} holds a result of {record['lens']} ({path.name}): save the result of {lens} into "
                 "another folder"
+            )
+        own |= {path.name, *files}
+    for name in names:
+        if name not in own and os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise InputError(
+                f"the folder {folder} holds a file {name} that is not of a saved result, but results have a file of "
+                f"that name: save the result of {lens} into another folder"
             )
 
 

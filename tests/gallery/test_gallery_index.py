@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from diffsight.errors import InputError
-from diffsight.gallery import repeat, write_gallery
+from diffsight.gallery import repeat, sweep, write_gallery
 from diffsight.gallery.cli import main
 from models import lens_results
 
@@ -204,6 +204,20 @@ def test_folders_that_cannot_be_shown(tmp_path, capsys):
         assert main(["gallery", str(folder)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["index.html", "gallery_data.js"])
+def test_a_page_that_is_not_a_gallery_is_kept(study, tmp_path, name):
+    shutil.copytree(study / "deep" / "run_prompts", tmp_path / "one")
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} is not the page of a gallery"):
+        write_gallery(tmp_path)
+    with pytest.raises(InputError, match=f"{name} is not the page of a gallery"):
+        sweep(lambda x: x, [1], tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    write_gallery(tmp_path)
+    write_gallery(tmp_path)
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(study, tmp_path, monkeypatch, capsys):

@@ -207,6 +207,10 @@ def test_more_seeds_are_added_to_a_study(study, capsys):
         (("lens", RED, "--seeds", f"5,0:{10**30}"), "names more than 100000 seeds"),
         (("lens", RED, "--seed", "0:3"), "several: --seeds"),
         (("lens", "--prompt", RED), "A prompt itself is written without an option"),
+        (("lens", RED, "--out", ""), "the path is empty: name a folder or a file"),
+        (("lens", RED, "--out", "mine"), "holds a file page.html that is not of a saved result"),
+        (("generate", RED, "--seed", 3, "--out", "drawn"), "holds a file seed_3.png that is not of a saved result"),
+        (("lens", "--prompts", "prompts.txt", "--out", "mine"), "index.html is not the page of a gallery"),
         (("lens", RED, "--device", "nothing"), "the device nothing cannot be used"),
         (("lens", RED, "--layers", "all"), "omit the option for all of them"),
         (("lens", RED, "--set", "guidance"), "NAME=VALUE"),
@@ -227,6 +231,10 @@ def test_invalid_commands(capsys, argv, message):
     Path("prompts.txt").write_text(RED)
     Path("empty.txt").write_text("\n \n")
     Path("latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    Path("mine").mkdir()
+    Path("drawn").mkdir()
+    for name in ("mine/page.html", "mine/index.html", "drawn/seed_3.png"):
+        Path(name).write_text("mine")
     assert message in refusal(capsys, *argv)
 
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffsight.errors import InputError
+from diffsight.lenses.layers import layer_file
 from models import lens_results
 
 
@@ -84,6 +85,19 @@ def test_a_result_of_another_lens_in_the_folder_is_kept(images, figure, saved_mo
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     images.save(tmp_path)
     assert figure.save(tmp_path / "figure.png")  # one image is no folder
+
+
+@pytest.mark.parametrize("name", ["grid.png", "page.html", "lens.json", "layer_00.png"])
+def test_a_file_that_is_not_of_a_saved_result_is_kept(images, tmp_path, name):
+    own = tmp_path / {"layer_00.png": f"{layer_file(images.layers[0])}.png"}.get(name, name)
+    own.write_text("mine")
+    with pytest.raises(InputError, match=rf"a file {own.name} that is not of a saved result, .* another folder"):
+        images.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "mine"
+    own.rename(tmp_path / "notes.txt")
+    images.save(tmp_path)
+    images.save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_grid_is_saved_with_a_thumbnail(images, figure, tmp_path):
