@@ -85,16 +85,18 @@ def add_saved(parser: argparse.ArgumentParser, name: str, what: str) -> None:
     )
 
 
-def add_seed(parser: argparse.ArgumentParser) -> None:
+def add_seed(parser: argparse._ActionsContainer) -> None:
     """Add the option for a seed."""
-    parser.add_argument("--seed", type=parse_seed, default=0, help="0 or more (default: %(default)s)")
+    # The default is a text, which is parsed too: argparse would take a given 0 for the default 0.
+    parser.add_argument("--seed", type=parse_seed, default="0", help="0 or more (default: %(default)s)")
 
 
 def add_drawing(parser: argparse.ArgumentParser, several_seeds: bool = True) -> None:
     """Add the options for the arguments of a pipeline."""
-    add_seed(parser)
+    seeds = parser.add_mutually_exclusive_group()
+    add_seed(seeds)
     if several_seeds:
-        parser.add_argument("--seeds", type=parse_seeds, metavar="SEEDS", help="a study: seeds such as 0:8 or 1,5,9")
+        seeds.add_argument("--seeds", type=parse_seeds, metavar="SEEDS", help="a study: seeds such as 0:8 or 1,5,9")
     parser.add_argument("--steps", type=parse_positive, help="denoising steps (default: the pipeline's own number)")
     parser.add_argument(
         "--set",

@@ -206,6 +206,8 @@ def test_more_seeds_are_added_to_a_study(study, capsys):
         (("lens", RED, "--seeds", "0:99999999999"), "'0:99999999999' names more than 100000 seeds"),
         (("lens", RED, "--seeds", f"5,0:{10**30}"), "names more than 100000 seeds"),
         (("lens", RED, "--seed", "0:3"), "several: --seeds"),
+        (("lens", RED, "--seeds", "0:2", "--seed", 3), "--seed: not allowed with argument --seeds"),
+        (("generate", RED, "--seed", 0, "--seeds", "0:2"), "--seeds: not allowed with argument --seed"),
         (("lens", "--prompt", RED), "A prompt itself is written without an option"),
         (("lens", RED, "--out", ""), "the path is empty: name a folder or a file"),
         (("lens", RED, "--out", "mine"), "holds a file page.html that is not of a saved result"),
