@@ -412,7 +412,8 @@ class LanguageModel(Accessors, Model):
         return next((i for i, layer in enumerate(layers) if any(part is module for part in layer.modules())), None)
 
     def token_id(self, text: str) -> int:
-        """Return the id of a text that is a single token, such as " Paris". Raise InputError if it is not."""
+        """Return the id of a text that is a single token, such as " Paris". Raise InputError if it is not, or if the
+        tokenizer does not know it."""
         if self.tokenizer is None:
             raise InputError("the model has no tokenizer: pass one, as in LanguageModel((model, tokenizer))")
         if not isinstance(text, str):
@@ -421,6 +422,9 @@ class LanguageModel(Accessors, Model):
         if len(ids) != 1:
             pieces = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)
             raise InputError(f"{text!r} is not one token but {len(ids)}: {pieces or 'none'}")
+        unknown = getattr(self.tokenizer, "unk_token", None)
+        if unknown is not None and ids[0] == self.tokenizer.unk_token_id and text.strip() != unknown:
+            raise InputError(f"{text!r} is not in the vocabulary: the tokenizer replaces it with {unknown!r}")
         return ids[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
@@ -654,6 +655,12 @@ def test_a_token_outside_of_the_vocabulary(model):
     assert model.token_id("red") == TOKENIZER("red", add_special_tokens=False)["input_ids"][0]
     with pytest.raises(InputError, match=r"'redred' is not one token but 2: 'red', 'red'"):
         model.token_id("redred")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1}, "<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    of_words = LanguageModel((gpt2(), tokenizer))
+    assert (of_words.token_id("red"), of_words.token_id("<unk>")) == (1, 0)
+    with pytest.raises(InputError, match="'blue' is not in the vocabulary: the tokenizer replaces it with '<unk>'"):
+        of_words.token_id("blue")
     with pytest.raises(InputError, match="looked up by its text, such as ' Paris', not by 5"):
         model.token_id(5)
 
