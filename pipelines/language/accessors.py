@@ -251,7 +251,8 @@ class Accessors(LayerAccessors):
                 does not count. None stands for all positions.
 
         Raises:
-            InputError: An argument is not valid, or `prefill_chunk_size` splits the prompt that is to be steered.
+            InputError: An argument is not valid, or `prefill_chunk_size` splits the prompt that is to be steered, or
+                positions count from its beginning, which is in `past_key_values`.
         """
         if not isinstance(vector, torch.Tensor) or not vector.ndim or vector.is_complex():
             raise InputError(f"steer takes a tensor of real numbers, (features,), not {described(vector)}")
@@ -262,6 +263,9 @@ class Accessors(LayerAccessors):
             raise InputError("no layers are chosen: pass the number of a layer")
         run = run_meant_by(self, "steer")
         run.check_one_pass_of_prompt("steer")
+        first = next((place for place in places or () if place >= 0), None)
+        if first is not None:
+            run.check_reads_beginning(first)
         if not flow_of(run).is_scan:  # which knows shapes alone
             check_finite(vector)
             check_finite(torch.as_tensor(factor), "the factor")

@@ -95,6 +95,7 @@ class LanguageRun(GenerationRun):
     _inputs: Inputs | None = None
     _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
     _chunk: int | None = None  # how many tokens of the prompt a forward pass reads at most, if it was set
+    _cached: int = 0  # how many tokens of the prompt are in a cache, so that no forward pass reads them
 
     @property
     def rows(self) -> tuple[LanguageRow, ...]:
@@ -143,6 +144,16 @@ class LanguageRun(GenerationRun):
             raise InputError(
                 f"{what} needs the prompt in one pass, but with prefill_chunk_size={size} its {tokens.shape[-1]} "
                 "tokens are read in several: omit prefill_chunk_size"
+            )
+
+    def check_reads_beginning(self, position: int) -> None:
+        """Raise InputError if a position, counted from the beginning of the prompt, is chosen where the model reads
+        only the tokens that are not in a cache."""
+        scope, cached = flow_of(self).scope, self._pass._cached
+        if cached and (scope.step <= 0 or not scope.in_step):
+            raise InputError(
+                f"position {position} counts from the beginning of the prompt, but its first {cached} tokens are in "
+                "past_key_values and are not read: omit past_key_values, or count from the end, as in -1"
             )
 
     @property
@@ -347,6 +358,8 @@ class LanguageModel(Accessors, Model):
         set_generated(run, generated, self._target)
         warn_if_unread(run, kwargs)
         run._chunk = setting(self._owner, given, "prefill_chunk_size")
+        cache = given.get("past_key_values")
+        run._cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         if is_usual and "custom_generate" not in kwargs:
             most = setting(self._owner, given, "max_new_tokens")
             flow_of(run).clock.count = lambda: most

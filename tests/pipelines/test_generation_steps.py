@@ -9,7 +9,7 @@ import transformers
 
 from diffsight import HFPipeline, LanguageModel, steer
 from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
-from helpers import not_called
+from helpers import hooked, not_called
 from models.building import build
 from models.language_kinds import SIZE, TOKENIZER, ids, llama, t5
 
@@ -140,6 +140,30 @@ def test_a_run_with_early_exit_is_the_only_open_one(others):
     assert net.config.num_hidden_layers == layers
     texts = [model.generate(PROMPT, **call).text for call in (*calls, {"max_new_tokens": LENGTH})]
     assert len({*texts}) == 1
+
+
+def test_positions_in_a_prompt_whose_beginning_is_in_a_cache():
+    net, tokens, vector = llama(), torch.arange(8)[None] + 3, torch.ones(32)
+    arguments = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+    def cache():
+        return net(tokens[:, :3], use_cache=True).past_key_values
+
+    def add(module, args, output):
+        output = output.clone()
+        output[:, -2] += vector
+        return output
+
+    stored = cache()
+    with hooked(net.model.layers[0], add):
+        expected = net.generate(tokens, past_key_values=stored, **arguments).logits[0]
+    model = LanguageModel(net)
+    with model.generate(tokens, past_key_values=cache(), **arguments) as run:
+        run.steer(0, vector, positions=-2)
+    assert torch.equal(run.result.logits[0], expected)
+    with pytest.raises(InputError, match=r"position 6 counts from the beginning .* first 3 tokens are in past_key"):
+        with model.generate(tokens, past_key_values=cache(), **arguments) as run:
+            run.steer(0, vector, positions=[-1, 6])
 
 
 @pytest.mark.parametrize("positions", [None, -1, 0])
