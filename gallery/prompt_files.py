@@ -21,14 +21,16 @@ def read_prompts(path: Path) -> list[str]:
     """Return the prompts in a file. Empty lines are skipped.
 
     Raises:
-        InputError: The file cannot be read, is not UTF-8 text, or has no prompts.
+        InputError: The file cannot be read, is not UTF-8 text, has no prompts, or has a row without one.
     """
     text = _text_of(path)
     lines = [line for line in StringIO(text, newline=None) if line.strip()]  # other separators are part of a prompt
     kinds = {".tsv": _of_table, ".csv": _of_table, ".jsonl": _of_objects, ".ndjson": _of_objects}
-    found = [prompt.strip() for prompt in kinds.get(path.suffix.lower(), iter)(lines) if prompt.strip()]
-    if not found:
+    found = [prompt.strip() for prompt in kinds.get(path.suffix.lower(), iter)(lines)]
+    if not any(found):
         raise InputError(f"{path} has no prompts")
+    if not all(found):
+        raise InputError(f"row {found.index('') + 1} of {path} has no prompt: write one, or remove the row")
     return found
 
 

@@ -274,6 +274,12 @@ def test_tables_that_have_no_prompts(here):
     Path("a.tsv").write_text("id\tname\n1\tx\n")
     with pytest.raises(InputError, match="there is no column `prompt`, only id, name"):
         read_prompts(Path("a.tsv"))
+    Path("a.tsv").write_text("prompt\tname\na\tx\n\ty\n")
+    with pytest.raises(InputError, match=r"row 2 of a\.tsv has no prompt"):
+        read_prompts(Path("a.tsv"))
+    Path("a.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+    with pytest.raises(InputError, match=r"row 2 of a\.jsonl has no prompt"):
+        read_prompts(Path("a.jsonl"))
     Path("a.jsonl").write_text('{"prompt": "a"}\n{"x": 1}\n')
     with pytest.raises(InputError, match="object 2 has no key `prompt`, only x"):
         read_prompts(Path("a.jsonl"))
