@@ -31,7 +31,7 @@ def check_replaces_own(folder: Path, lens: str, names: Iterable[str]) -> None:
     """Raise InputError if a folder holds a result of another lens, whose page and images would be overwritten, or files
     with these names that are not of a saved result."""
     own = set()
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+    for path in sorted(folder.glob("*.json")) if os.path.isdir(folder) else ():
         record = read_record(path)
         if record is None:
             continue
@@ -43,7 +43,7 @@ def check_replaces_own(folder: Path, lens: str, names: Iterable[str]) -> None:
             )
         own |= {path.name, *files}
     for name in names:
-        if name not in own and os.path.lexists(folder / name) and not (folder / name).is_dir():
+        if name not in own and os.path.lexists(folder / name) and not os.path.isdir(folder / name):
             raise InputError(
                 f"the folder {folder} holds a file {name} that is not of a saved result, but results have a file of "
                 f"that name: save the result of {lens} into another folder"

@@ -100,6 +100,12 @@ def test_a_file_that_is_not_of_a_saved_result_is_kept(images, tmp_path, name):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_name_that_is_too_long(images, tmp_path):
+    for write in (images.save, images.to_html):
+        with pytest.raises(InputError, match="cannot be written to: File name too long"):
+            write(tmp_path / ("a" * 300))
+
+
 def test_a_grid_is_saved_with_a_thumbnail(images, figure, tmp_path):
     assert tmp_path / "a" / "thumbnail.jpg" in images.save(tmp_path / "a")
     width, height = Image.open(tmp_path / "a" / "thumbnail.jpg").size
