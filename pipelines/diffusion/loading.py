@@ -102,7 +102,7 @@ def open_pipeline(
         check_configurations(Path(place))
         index = DiffusionPipeline.load_config(place, **_for_hub(arguments))
         known_class = _pipeline_class(index, arguments)
-        _check_index(index, known_class, arguments)
+        _check_index(index, known_class, Path(place), arguments)
         if known_class is not None:
             check_pipeline_arguments(known_class, arguments)
         check_parts_of_dtypes(arguments, index)
@@ -192,13 +192,19 @@ def _pipeline_class(index: dict[str, Any], arguments: dict[str, Any]) -> type | 
     return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
 
 
-def _check_index(index: dict[str, Any], known_class: type | None, arguments: dict[str, Any]) -> None:
-    """Raise ValueError, naming the entry, if an index does not name the pipeline's class, or a part of it."""
+def _check_index(index: dict[str, Any], known_class: type | None, folder: Path, arguments: dict[str, Any]) -> None:
+    """Raise ValueError, naming the entry, if an index does not name the pipeline's class, or a part of it.
+
+    `folder` holds the file of a class of its own. Whether a hub repository does is not checked."""
     name = index.get("_class_name")
     words = name if isinstance(name, list) and name else [name]  # of a class in a file: the file and the class
     if "custom_pipeline" not in arguments and not all(isinstance(word, str) for word in words):
         given = f"contains {name!r} for '_class_name'" if "_class_name" in index else "has no '_class_name'"
         raise ValueError(f"its index {given}, which names the class of the pipeline")
+    if "custom_pipeline" not in arguments and isinstance(name, list) and folder.is_dir():
+        file = folder / f"{words[0]}.py"
+        if not file.is_file():
+            raise ValueError(f"its index names the class {words[-1]!r} in {file.name}, and there is no such file")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if isinstance(found, type) and not issubclass(found, (DiffusionPipeline, ModularPipeline)):
         raise ValueError(f"its index names the class {name!r}, which is not a pipeline")

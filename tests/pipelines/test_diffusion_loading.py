@@ -198,6 +198,9 @@ def test_an_index_without_a_class(tmp_path):
     assert "its index has no '_class_name', which names the class" in refusal(DiffusionModel, tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     assert "names the class 'UNet2DConditionModel', which is not a pipeline" in refusal(DiffusionModel, tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["pipeline", "Mine"]}')
+    told = "names the class 'Mine' in pipeline.py, and there is no such file"
+    assert told in refusal(DiffusionModel, tmp_path)
 
 
 @pytest.mark.parametrize("target", ["nowhere", "diffusion_pytorch_model.safetensors"], ids=["nowhere", "itself"])
