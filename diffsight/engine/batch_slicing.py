@@ -70,9 +70,10 @@ class Selection:
         """Return this part of `value`."""
         raise NotImplementedError
 
-    def separate(self, value: Any, path: object) -> Any:
-        """Return `value` with copies of the tensors in which a change of this part would change something else too."""
-        return value
+    def take_own(self, value: Any, path: object) -> tuple[Any, bool]:
+        """Return this part of `value`, and whether tensors in it are copies, since a change of them would change other
+        parts too."""
+        return self.take(value, path), False
 
     def put(self, whole: Any, value: Any, path: Assigned, copies: dict[int, torch.Tensor]) -> Any:
         """Return `whole` with `value` as this part of it.
@@ -105,15 +106,17 @@ class Part(Selection):
             return value[self._slice_of(value, path)]
         return tree_map(lambda leaf: self._take(leaf, path), value)
 
-    def separate(self, value: Any, path: object) -> Any:
-        is_tensor = isinstance(value, torch.Tensor)
-        if self.total == 1 or not any(map(_may_share_memory, [value] if is_tensor else tree_leaves(value))):
-            return value
-        self._look_at(value, path)
-        return _own_copy(value) if is_tensor else tree_map(self._separate, value)
-
-    def _separate(self, leaf: Any) -> Any:
-        return _own_copy(leaf) if _may_share_memory(leaf) and self._is_batch(leaf) else leaf
+    def take_own(self, value: Any, path: object) -> tuple[Any, bool]:
+        leaves = [value] if isinstance(value, torch.Tensor) else tree_leaves(value)
+        shared = {id(leaf): leaf for leaf in leaves if _may_share_memory(leaf)} if self.total > 1 else {}
+        taken = self.take(value, path)
+        shared = {number: leaf for number, leaf in shared.items() if self._is_batch(leaf)}
+        if not shared:
+            return taken, False
+        has_gradients = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(has_gradients):  # so that changes of them are counted
+            own = {number: self._take(leaf, path).clone() for number, leaf in shared.items()}
+        return tree_map(lambda leaf: own[id(leaf)] if id(leaf) in own else self._take(leaf, path), value), True
 
     def put(self, whole: Any, value: Any, path: Assigned, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
@@ -272,12 +275,6 @@ def _may_share_memory(leaf: Any) -> bool:
     return False
 
 
-def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy of a tensor for the model to continue with, whatever the modes of the body."""
-    with torch.inference_mode(tensor.is_inference()), torch.set_grad_enabled(tensor.requires_grad):
-        return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def _is_nested(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_nested
 
@@ -374,8 +371,12 @@ class Indexed(Selection):
     def at(self, tap: Tapped, index: int, path: object) -> "Indexed":
         return self if self.of is None else Indexed(self.index, self.of.at(tap, index, path))
 
-    def separate(self, value: Any, path: object) -> Any:
-        return value if self.of is None else self.of.separate(value, path)
+    def take_own(self, value: Any, path: object) -> tuple[Any, bool]:
+        if self.of is not None and self.of.take_own(value, path)[1]:
+            raise InputError(
+                f"{path}: the rows share their memory, so run.at cannot change one of them. Assign the row"
+            )
+        return self.take(value, path), False
 
     def take(self, value: Any, path: object) -> Any:
         value = value if self.of is None else self.of.take(value, path)

@@ -112,11 +112,10 @@ def edited_too_late(point: Point, where: str) -> OutOfOrderError:
 
 
 def edited_beside_copy(point: Point) -> OutOfOrderError:
-    """Return the error for a value that was changed in place after a part of it was assigned, or separated."""
+    """Return the error for a value that was changed in place after a part of it was assigned."""
     return OutOfOrderError(
-        f"{_as_read(point)} was changed in place after a part of it had been assigned, or a row that had shared its "
-        "memory with others had been read: the model continues with a copy. Change the value first, or read it again "
-        "afterwards"
+        f"{_as_read(point)} was changed in place after a part of it had been assigned: the model continues with a "
+        "copy that holds the assigned part. Change the value first, or read it again after the assignment"
     )
 
 

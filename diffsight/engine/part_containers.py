@@ -1,34 +1,47 @@
-"""Items that a body sets in containers that the model does not hold.
+"""What a body changes in containers and copies that the model does not hold.
 
     run.rows[1].pair.output["b"] = value        # assigned to the row
+    run.rows[1].expanded.output[:] = value      # likewise
 
-A row of a dictionary, a tuple or an output object is a new container of views. Once part of a value has been assigned,
-the model continues with a new container, and setting an item in the former one raises an error.
+A row of a dictionary, a tuple or an output object is a new container of views. Where the rows of a tensor share their
+memory, as after `expand`, a row is a copy. Once part of a value has been assigned, the model continues with a new
+container, and setting an item in the former one raises an error.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, equal, is_grad_enabled
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_leaves, tree_unflatten
 
 from diffsight.engine import order
-from diffsight.engine.batch_slicing import UNCHANGED
-from diffsight.engine.points import Asked, Assignment, Point
+from diffsight.engine.batch_slicing import UNCHANGED, Selection
+from diffsight.engine.points import Asked, Assignment, Point, first_input
 from diffsight.engine.torch_state import unseen
 from diffsight.engine.users_line import set_line, users_line
 from diffsight.errors import AssignmentError, DiffsightError
 
 
 class PartContainer:
-    """A container in which a part of the value of a point was read while the model stands there."""
+    """A container or a copy in which a part of the value of a point was read while the model stands there.
 
-    __slots__ = ("_leaves", "_set", "_stray", "_structure", "_value", "_where", "asked", "point")
+    Args:
+        point: The point.
+        asked: The part, as the body asked for it.
+        value: What the body got.
+        copied: The part, if tensors in `value` are copies; else None.
+    """
 
-    def __init__(self, point: Point, asked: Asked, value: Any) -> None:
+    __slots__ = ("_copied", "_leaves", "_set", "_source", "_stray", "_structure", "_value", "_where", "asked", "point")
+
+    def __init__(self, point: Point, asked: Asked, value: Any, copied: Selection | None = None) -> None:
         self.point, self.asked, self._value, self._where = point, asked, value, users_line()
         self._leaves, self._structure, self._stray = _flattened(value)
-        self._set: list[tuple[Tensor, int]] = []  # tensors that were assigned, and how often each had been changed
+        # Tensors that were assigned, or are copies, and how often each had been changed.
+        self._set: list[tuple[Tensor, int]] = [] if copied is None else unseen(_versions, self._leaves)
+        self._copied = copied
+        self._source: list[tuple[Tensor, int]] = []  # likewise: what is copied
+        unseen(self._note_source)
 
     def assign_changes(self) -> bool:
         """Assign what was set in the container since this was called last; return whether anything was."""
@@ -36,6 +49,7 @@ class PartContainer:
             changes = unseen(self._changes)
             if changes is not None:
                 changes.apply_to(self.point)
+                unseen(self._note_source)
         except DiffsightError as error:
             set_line(error, self._where)
             raise
@@ -56,12 +70,27 @@ class PartContainer:
             ]
             if all(item is UNCHANGED for item in items):
                 return None
-            self._set = [pair for pair in self._set if id(pair[0]) not in edited]
-            self._set += [
-                (item, item._version) for item in items if isinstance(item, Tensor) and not item.is_inference()
-            ]
+            if edited and self._has_other_source():
+                raise order.edited_beside_copy(self.point)
+            self._set = [pair for pair in self._set if id(pair[0]) not in edited] + _versions(items)
             value = tree_unflatten(items, had_structure)
         return Assignment(self.asked, value, self._where, in_step=False, has_gradients=is_grad_enabled())
+
+    def _note_source(self) -> None:
+        if self._copied is not None:
+            value = self.point.value
+            value = first_input(value, self.asked) if self.asked.part == "input" else value
+            self._source = _versions(tree_leaves(self._copied.take(value, self.asked)))
+
+    def _has_other_source(self) -> bool:
+        """Whether what is copied has been changed or replaced meanwhile, so that a change of the copy would undo that.
+        Other parts may have been assigned."""
+        before = self._source
+        self._note_source()
+        return any(
+            old._version != version or (new is not old and not equal(old, new))
+            for (old, version), (new, _) in zip(before, self._source)
+        )
 
     def is_replaced_by(self, assignment: Assignment, point: Point) -> bool:
         """Whether an assignment to a point has put something else in place of this container."""
@@ -98,6 +127,11 @@ def takes_items(value: Any) -> bool:
     if isinstance(value, tuple):
         return any(map(takes_items, value))
     return not (isinstance(value, Tensor) or tree_is_leaf(value))
+
+
+def _versions(leaves: list[Any]) -> list[tuple[Tensor, int]]:
+    """Return the tensors among some leaves, and how often each was changed in place, as far as PyTorch counts that."""
+    return [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _flattened(value: Any) -> tuple[list[Any], TreeSpec, list[str]]:

@@ -70,7 +70,6 @@ class Point:
     copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
     parts: dict[str, tuple[Selection, Any]] | None = None  # by name: selected parts that were read and not assigned
     is_whole_read: bool = False  # whether all of it was read, and not only parts
-    is_separated: bool = False  # it was replaced by a copy, see `Selection.separate`, after it or a part had been read
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
     reader: tuple | None = None  # of an output: the code that read it last, the instruction, its globals, and the step
@@ -100,7 +99,7 @@ class Point:
     def has_lost_edit(self) -> bool:
         """Whether a value that was read and has changed in place did not change in the value that the model continues
         with: that is a copy, in which a part was assigned."""
-        if self.is_separated or (self.is_whole_read and not self.parts):
+        if self.is_whole_read and not self.parts:
             return True
         for selection, source in (self.parts or {}).values():
             if source is not self.value:
@@ -108,14 +107,6 @@ class Point:
                 if any(map(_differ, held, current)):
                     return True
         return False
-
-    def replace(self, part: str, value: Any) -> None:
-        """Let the model continue with another value; for inputs, with another first one if `part` is "input"."""
-        if part == "input":
-            args, kwargs = self.value
-            value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
-        self.replaced = self.replaced if self.changed else self.value
-        self.value, self.changed = value, True
 
     def let_go(self) -> None:
         """Hold the value only weakly from now on, since the model moves on."""
@@ -202,7 +193,11 @@ class Assignment:
         is_watched = not self.has_gradients and point.tap.host.adds_gradients
         if is_watched and (_loses_gradients(before, self.value) or _loses_gradients(before, value)):
             raise AssignmentError(f"{self} {LEFT_OUT}")
-        point.replace(part, value)
+        if part == "input":
+            args, kwargs = point.value
+            value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
+        point.replaced = point.replaced if point.changed else point.value
+        point.value, point.changed = value, True
         return difference
 
     def _difference(self, before: Any, value: Any) -> str | None:

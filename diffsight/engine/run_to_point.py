@@ -137,30 +137,15 @@ class Flow(RunEnd):
             point.is_whole_read = True
             return value
         selected = selection.at(tap, point.index, asked)
-        separate = selected.separate(value, asked)
-        if separate is not value:
-            value = self._continue_with(separate, value, point, asked)
         point.parts = point.parts or {}
         point.parts[selection.name] = selected, value
-        taken = selected.take(value, asked)
-        if type(taken) is not torch.Tensor and point is self.parked and taken is not value and takes_items(taken):
-            self._held_containers = [*self._held_containers, PartContainer(point, asked, taken)]
+        if point is not self.parked:
+            return selected.take(value, asked)
+        taken, is_copied = selected.take_own(value, asked)
+        if is_copied or (type(taken) is not torch.Tensor and taken is not value and takes_items(taken)):
+            container = PartContainer(point, asked, taken, selected if is_copied else None)
+            self._held_containers = [*self._held_containers, container]
         return taken
-
-    def _continue_with(self, separate: Any, before: Any, point: Point, asked: Asked) -> Any:
-        """Let the model continue with a value whose parts are `separate` in memory, and return it. If the model has
-        left the point, a change of it comes too late, as one of the value `before` it would."""
-        if point is self.parked:
-            point.replace(asked.part, separate)
-            point.is_separated = point.is_whole_read or bool(point.parts)
-            self._note_assigned(point, asked.selection, before)
-            if self._gradients is not None:
-                self._check_gradients()
-                self._gradients = unseen(GradientsAtPoint, point)
-        elif asked.kind == OUTPUT:
-            for leaf in tree_leaves(separate):
-                unseen(self._late_edits.watch, point, leaf)
-        return separate
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
         """Assign `value` to a point: now if the model stands there, else when it gets there. `where` is the line

@@ -108,8 +108,8 @@ class WholeBatch(Part):
     def take(self, value: Any, path: object) -> Any:
         return value
 
-    def separate(self, value: Any, path: object) -> Any:
-        return value
+    def take_own(self, value: Any, path: object) -> tuple[Any, bool]:
+        return value, False
 
     def _is_batch(self, tensor: torch.Tensor) -> bool:
         return True

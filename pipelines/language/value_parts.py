@@ -114,11 +114,10 @@ class Within(ValuePart):
     def take(self, value: Any, path: object) -> Any:
         return self.inner.take(self.outer.take(value, path), path)
 
-    def separate(self, value: Any, path: object) -> Any:
-        value = self.outer.separate(value, path)
-        part = self.outer.take(value, path)
-        own = self.inner.separate(part, path)
-        return value if own is part else self.outer.put(value, own, path, {})
+    def take_own(self, value: Any, path: object) -> tuple[Any, bool]:
+        part, is_own = self.outer.take_own(value, path)
+        taken, is_inner_own = self.inner.take_own(part, path)
+        return taken, is_own or is_inner_own
 
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         part = self.outer.take(whole, path)

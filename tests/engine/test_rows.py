@@ -137,20 +137,50 @@ def test_inputs_that_share_memory_and_functions_of_each(inputs):
     assert torch.allclose(run.result, expected, atol=1e-6)
 
 
-def test_changes_beside_rows_that_shared_memory_are_errors(inputs):
-    with pytest.raises(OutOfOrderError, match="continues with a copy"), torch.no_grad():
-        with Model(AddQueries("computed")).trace(inputs) as run:
-            whole, row = run.queries.output, run.rows[1].queries.output
-            whole[0] *= 2
-    net = AddQueries("tensor")
-    before = net.queries.queries.clone()
-    with pytest.raises(OutOfOrderError, match="changed in place too late"), torch.no_grad():
-        with Model(net).trace(inputs) as run:
-            whole = run.queries.output
-            run.same.output
-            row = run.rows[1].queries.output
-            row *= 2
-    assert torch.equal(net.queries.queries, before)
+def test_changes_beside_rows_that_share_memory(inputs):
+    net = AddQueries("computed")
+    x, queries = torch.cat(inputs), net.queries.queries.detach()
+    with torch.no_grad(), Model(net).trace(inputs) as run:
+        whole, row = run.queries.output, run.rows[1].queries.output
+        assert torch.equal(row, queries)
+        whole[0] *= 2  # of all rows, as without the run
+    assert torch.allclose(run.result, net.last(x + queries * 2), atol=1e-6)
+    with torch.no_grad(), Model(net).trace(inputs) as run:
+        first, second = run.rows[0].queries.output, run.rows[1].queries.output
+        first += 1
+        second += 2
+        run.rows[0].queries.output[:] *= 3
+    factors, terms = torch.tensor([[3.0], [1.0], [1.0]]), torch.tensor([[3.0], [2.0], [0.0]])
+    assert torch.allclose(run.result, net.last(x + queries * factors + terms), atol=1e-6)
+    for change in (lambda run: run.queries.output[0].mul_(2), lambda run: run.rows[1].queries.output.mul_(2)):
+        with pytest.raises(OutOfOrderError, match="continues with a copy"), torch.no_grad():
+            with Model(net).trace(inputs) as run:
+                row = run.rows[1].queries.output
+                change(run)
+                row[:] = 0
+
+
+def test_values_in_several_places_stay_so_in_rows_that_share_memory(inputs):
+    class Twice(nn.Module):
+        def forward(self, x):
+            y = x[:1].expand(len(x), -1)
+            return y, {"again": y}
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice = Twice()
+
+        def forward(self, x):
+            y, others = self.twice(x)
+            return y + 10 * others["again"]
+
+    x = torch.cat(inputs)
+    with torch.no_grad(), Model(Net()).trace(inputs) as run:
+        pair = run.rows[1].twice.output
+        assert pair[0] is pair[1]["again"]
+        pair[0][:] = 5
+    assert torch.allclose(run.result, torch.stack([x[0] * 11, torch.full((4,), 55.0), x[0] * 11]))
 
 
 def test_an_edit_in_place_reaches_one_row(net, inputs):

@@ -155,7 +155,7 @@ TESTS = {
     "test_record.py::test_objects_without_tensors_are_kept_as_they_are": OBJECTS,
     "test_rows.py::test_a_batch_in_the_second_dimension_is_an_error": LATER,
     "test_rows.py::test_a_row_assigned_without_gradients_leaves_those_of_the_others": GRADIENTS,
-    "test_rows.py::test_changes_beside_rows_that_shared_memory_are_errors": COPIES,
+    "test_rows.py::test_changes_beside_rows_that_share_memory": COPIES,
     "test_rows.py::test_gradients_flow_through_every_row_that_is_assigned": GRADIENTS,
     "test_rows.py::test_rows_read_their_part": COPIES,
     "test_rows.py::test_rows_that_share_memory_are_edited_one_by_one[*True]": GRADIENTS,
