@@ -274,8 +274,6 @@ class Run(InRun):
             for flow in flows if error is None else ():
                 if flow.outcome is None:
                     flow.run_on()  # perhaps until an edit stops it
-                elif flow.is_entered:
-                    flow.check_late_edits()
                 if flow.has_result and (flow.unreached or flow.refused):
                     flow.check_assignments()
         except DiffsightError as problem:

@@ -69,7 +69,6 @@ class RunEnd:
         "end_checks",
         "has_result",
         "is_cleared",
-        "is_entered",
         "known_dimensions",
         "misshapen",
         "observer",
@@ -98,7 +97,6 @@ class RunEnd:
         self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
-        self.is_entered = False  # whether the block of its `with` statement has begun and not ended
         self.result: Any = None
         self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
         self._late_edits = LateEdits()
@@ -116,7 +114,6 @@ class RunEnd:
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
-        self._late_edits.watched.clear()
         if self.is_cleared:
             return
         try:
@@ -178,8 +175,7 @@ class RunEnd:
         self._stands = outcome  # so that no value is held
         self.clock.call = None
         self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
-        if not (self.is_entered and self.has_result):  # otherwise the rest of the block may still change values
-            self._late_edits.watched.clear()
+        self._late_edits.watched.clear()
         self._called = self._held_containers = ()
         self._gradients = None
         if self.end_checks:

@@ -77,6 +77,7 @@ class Flow(RunEnd):
         self._home = here if is_users else None  # the stack of the code that opened the run; None if a coroutine's
         self.opened_in = None if is_users else current_edit()  # the edit that opened the run
         self.task: Any = None  # see `innermost_run`
+        self.is_entered = False  # whether the block of its `with` statement has begun and not ended
         self.run: Callable[[], Any] = lambda: None  # a weak reference to the `Run`
         self._scope = Scope()
 
@@ -579,8 +580,6 @@ class Flow(RunEnd):
                 self._fail(error)
                 raise
             if coroutine.dead:
-                if self.is_entered:
-                    unseen(late_edits.note, left)
                 return self._end_with(coroutine.result)
             if state.is_plain:
                 late_edits.note(left)
@@ -608,11 +607,6 @@ class Flow(RunEnd):
             if call is None and not continues:
                 return self.parked
 
-    def check_late_edits(self) -> None:
-        """Called at the end of the block of a run whose model ended before. Raise OutOfOrderError for a value that was
-        changed in place in the meantime."""
-        self._check_late_edits(unseen(self._late_edits.changed))
-
     def _check_late_edits(self, changed: list[tuple[Point, torch.Tensor]]) -> None:
         """Raise OutOfOrderError for the first value that a body has changed in place in vain. Values of earlier steps
         are let pass, since the model may use them again."""
@@ -624,7 +618,7 @@ class Flow(RunEnd):
                     continue
                 error = order.edited_beside_copy(point)
             elif point.step_read == self.clock.index and not unseen(shares_memory, tensor, self._open_to_changes()):
-                error = order.edited_too_late(point, "at its end" if self.has_result else self.where)
+                error = order.edited_too_late(point, self.where)
             else:
                 continue
             self._late_edits.watched.clear()  # so that it is reported once
@@ -678,10 +672,8 @@ class Flow(RunEnd):
                 self._held_containers = [*self._held_containers, FormerContainer(point, before)]
 
     def _open_to_changes(self) -> list[Any]:
-        """Return the values that a body may change in place: where the model stands, those that are assigned ahead,
-        and the result."""
-        if self.has_result:
-            return [self.result]
+        """Return the values that a body may change in place: where the model stands, and those that are assigned
+        ahead."""
         waiting = [assignment.value for tap in self.taps.values() for assignment in tap.waiting()]
         return waiting if self.parked is None else [self.parked.value, self.parked.replaced, *waiting]
 

@@ -247,54 +247,6 @@ def test_a_bare_run_of_another_model():
     assert hidden._version == 1
 
 
-@pytest.mark.parametrize("end", ["result", "finish", "steps"])
-@pytest.mark.parametrize("in_helper", [False, True])
-def test_an_edit_in_place_after_the_end_of_the_model(end, in_helper):
-    net, x = net_and_input()
-
-    def change(run):
-        hidden = run[0].output
-        if end == "steps":
-            for _ in run.steps:
-                pass
-        else:
-            run.finish() if end == "finish" else run.result
-        hidden[:] = 0
-
-    late = r"\[0\].output, read at .*, was changed in place too late: the model is at its end"
-    with pytest.raises(OutOfOrderError, match=late), torch.no_grad(), Model(net).trace(x) as run:
-        if in_helper:
-            change(run)
-        else:
-            hidden = run[0].output
-            run.result
-            hidden[:] = 0
-    assert run.result is not None
-
-
-def test_what_may_be_changed_after_the_end_of_the_model():
-    net, x = net_and_input()
-    with torch.no_grad(), Model(net).trace(x) as run:
-        hidden, last = run[0].output, run[2].output
-        run.result[:] = 0
-        last += 1
-        copied = hidden.clone()
-        copied += 1
-    assert torch.equal(last, torch.ones(2, 4)) and run.result is last
-    hidden += 1  # the block has ended
-    with torch.no_grad(), Model(net).trace(x) as run:
-        hidden = run[0].output
-        run.stop()
-        hidden += 1
-    with torch.no_grad(), Model(net).trace(x) as run:
-        hidden = run[0].output
-    hidden += 1
-    run = Model(net).trace(x)
-    hidden, result = run[0].output, run.result
-    hidden += 1
-    assert not torch.equal(hidden, net[0](x)) and torch.equal(result, net(x))
-
-
 def test_the_error_comes_once():
     net, x = net_and_input()
     with torch.no_grad(), Model(net).trace(x) as run:
