@@ -107,10 +107,11 @@ class Part(Selection):
         return tree_map(lambda leaf: self._take(leaf, path), value)
 
     def take_own(self, value: Any, path: object) -> tuple[Any, bool]:
-        leaves = [value] if isinstance(value, torch.Tensor) else tree_leaves(value)
-        shared = {id(leaf): leaf for leaf in leaves if _may_share_memory(leaf)} if self.total > 1 else {}
         taken = self.take(value, path)
-        shared = {number: leaf for number, leaf in shared.items() if self._is_batch(leaf)}
+        if self.total == 1 or (type(value) is torch.Tensor and value.is_contiguous()):  # the usual case
+            return taken, False
+        leaves = [value] if isinstance(value, torch.Tensor) else tree_leaves(value)
+        shared = {id(leaf): leaf for leaf in leaves if _may_share_memory(leaf) and self._is_batch(leaf)}
         if not shared:
             return taken, False
         has_gradients = torch.is_grad_enabled()
