@@ -496,7 +496,8 @@ class Envoy(Points):
 
     def _envoys(self) -> Callable[[nn.Module, str], Any]:
         """Return a function that returns the envoy of a module at a path. A module that is not in the model becomes an
-        envoy if it is an attribute of this one (it has a path), since this one may call it."""
+        envoy if it is an attribute of this one (it has a path), since this one may call it. Otherwise, a `ModuleList`
+        such as a slice becomes a list of the envoys in it."""
         known: dict[int, Target] = {}
 
         def envoy_of(module: nn.Module, path: str) -> Any:
@@ -507,6 +508,8 @@ class Envoy(Points):
             target = known.get(id(module))
             if target is None and path and isinstance(self._owner, nn.Module):
                 target = Target(module, FORWARD, path, self._target)
+            if target is None and isinstance(module, nn.ModuleList):
+                return [envoy_of(item, "") for item in module]
             return module if target is None else self._handle(target)
 
         return envoy_of
@@ -538,7 +541,12 @@ class Envoy(Points):
                     raise
         if has_own:
             path = join(outer.path, key) if type(key) in (int, str) else ""
-            return with_envoys(self._holder_here()[key], path, self._envoys())
+            found, envoy_of = self._holder_here()[key], self._envoys()
+            if self._is_in_run():
+                self._watch_modules_in(found, path or outer.path)
+            if isinstance(found, nn.Sequential) and envoy_of(found, "") is found:
+                found = [*found]  # a slice: only the modules in it are in the model
+            return with_envoys(found, path, envoy_of)
         children = list(own["_tree"].children_of(outer).values())
         if isinstance(key, slice):
             return [*map(self._handle, children[key])]

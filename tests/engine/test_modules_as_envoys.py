@@ -168,6 +168,51 @@ def test_special_methods_of_a_class_are_its_own(way, within):
         assert torch.equal(run.result, expected)
 
 
+class OwnList(nn.ModuleList):
+    def __getitem__(self, i):
+        return collections.UserList(self[:]) if i == "held" else super().__getitem__(i)
+
+    def tail(self):
+        return self[1:]
+
+
+class OwnSequential(nn.Sequential):
+    def __getitem__(self, i):
+        return super().__getitem__(i)
+
+
+OF_OWN_CONTAINERS = {
+    "a slice of a list": (OwnList, lambda blocks: blocks[1:]),
+    "a slice by a method": (OwnList, lambda blocks: blocks.tail()),
+    "a slice of a Sequential": (OwnSequential, lambda blocks: blocks[1:]),
+}
+
+
+@pytest.mark.parametrize(("kind", "tail"), OF_OWN_CONTAINERS.values(), ids=OF_OWN_CONTAINERS)
+def test_slices_of_containers_with_special_methods_hold_envoys(kind, tail):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    blocks = kind().extend(net)
+    plain = nn.Module()
+    plain.blocks, plain.forward = blocks, net.forward
+    with torch.no_grad(), Model(plain).trace(X) as run:
+        assert [block.path for block in tail(run.blocks)] == ["blocks[1]", "blocks[2]"]
+        value, _ = [block.output for block in tail(run.blocks)]
+    assert torch.equal(value, net[:2](X)) and torch.equal(run.result, net(X))
+    with torch.no_grad(), Model(plain).trace(X) as run:
+        for block in tail(run.blocks):
+            block.output = ZERO
+    assert run.result is ZERO
+
+
+def test_an_assignment_to_a_module_in_an_object_that_an_index_returns_is_an_error():
+    net = nn.Module()
+    net.blocks = OwnList([nn.Linear(4, 4)])
+    net.forward = lambda x: net.blocks[0](x)
+    with pytest.raises(AssignmentError, match=r"which is the module itself .* write run\.blocks\[0\]\.output"):
+        with Model(net).trace(X) as run:
+            run.blocks["held"][0].output = ZERO
+
+
 def test_special_methods_are_inherited_or_left_to_pytorch():
     class FromTheEnd(nn.Sequential):
         def __getitem__(self, i):
