@@ -30,8 +30,8 @@ from diffsight.lenses.results.saved_results import (
     ARGUMENTS,
     PAGE,
     RECORD,
-    check_replaces_own,
     files_of_record,
+    not_of_results,
     read_record,
 )
 from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files
@@ -114,7 +114,7 @@ class LensResult:
         """Write all files of the result into a folder, or none of them, and return their paths.
 
         A result of the same lens that was saved there before is replaced. Other files stay, and the result is not
-        saved if it would replace one of them.
+        saved if it would replace one of them by one with other contents.
 
             result.save("lens")             # a folder
             result.save("lens.png")         # one image: what `preview` returns
@@ -138,10 +138,10 @@ class LensResult:
             files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))
         if GRID in files:
             files[THUMBNAIL] = lambda path: write_thumbnail(path.with_name(GRID), path)
-        check_replaces_own(path, record["lens"], (self.record_file, *files))
+        kept = not_of_results(path, record["lens"], (self.record_file, *files))
         record = {**with_call(record, self.call), "files": list(files)}
         replaced = files_of_record(read_record(path / self.record_file) or {})
-        paths = save_files(path, {self.record_file: partial(write_record, record), **files})
+        paths = save_files(path, {self.record_file: partial(write_record, record), **files}, kept)
         for name in replaced - set(files):
             (path / name).unlink(missing_ok=True)
         return paths

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.results.saving import check_file, check_writable, expanded, names_a_file
-from diffsight.lenses.results.thumbnail import GRID, THUMBNAIL
+from diffsight.lenses.results.saving import check_file, check_writable, expanded, is_not_own, names_a_file
 
 RECORD, PAGE, ARGUMENTS = "lens.json", "page.html", "arguments.safetensors"
-_OF_MOST = (RECORD, PAGE, ARGUMENTS, GRID, THUMBNAIL)  # the files that results of most lenses have
 
 
 def check_place(path: str | Path, lens: str) -> None:
@@ -24,12 +22,20 @@ def check_place(path: str | Path, lens: str) -> None:
     if names_a_file(path):
         check_file(path)
     else:
-        check_replaces_own(check_writable(path), lens, _OF_MOST)
+        check_replaces_own(check_writable(path), lens, (PAGE,))  # which every result has
 
 
 def check_replaces_own(folder: Path, lens: str, names: Iterable[str]) -> None:
-    """Raise InputError if a folder holds a result of another lens, whose page and images would be overwritten, or files
-    with these names that are not of a saved result."""
+    """Raise InputError if a folder holds a result of another lens, or files with these names that are not of a saved
+    result."""
+    for name in not_of_results(folder, lens, names):
+        raise is_not_own(folder, name)
+
+
+def not_of_results(folder: Path, lens: str, names: Iterable[str]) -> list[str]:
+    """Return those of the names that files in a folder have which are not of a saved result.
+
+    Raises InputError if the folder holds a result of another lens, whose page and images would be overwritten."""
     own = set()
     for path in sorted(folder.glob("*.json")) if os.path.isdir(folder) else ():
         record = read_record(path)
@@ -42,12 +48,8 @@ def check_replaces_own(folder: Path, lens: str, names: Iterable[str]) -> None:
                 "another folder"
             )
         own |= {path.name, *files}
-    for name in names:
-        if name not in own and os.path.lexists(folder / name) and not os.path.isdir(folder / name):
-            raise InputError(
-                f"the folder {folder} holds a file {name} that is not of a saved result, but results have a file of "
-                f"that name: save the result of {lens} into another folder"
-            )
+    others = [name for name in names if name not in own]
+    return [name for name in others if os.path.lexists(folder / name) and not os.path.isdir(folder / name)]
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """Writes the files of a result into a folder: all of them, or none."""
 
+import filecmp
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from diffsight.errors import InputError
@@ -63,17 +64,19 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
-def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) -> list[Path]:
+def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]], kept: Iterable[str] = ()) -> list[Path]:
     """Write files into `folder` and return their paths.
 
-    The files are written to a temporary folder and then renamed, so a failure leaves no half-written file.
+    The files are written to a temporary folder and then renamed, so a failure leaves no half-written file and no new
+    one.
 
     Args:
         folder: Created if it does not exist. Other files in it stay.
         files: Names to functions that write a file to a path.
+        kept: Names of files in the folder that may only be replaced by files with the same contents.
 
     Raises:
-        InputError: The folder cannot be written to, or a folder in it has the name of a file.
+        InputError: The folder cannot be written to, a folder in it has the name of a file, or a file is to be kept.
     """
     folder = check_writable(folder)
     for name in files:
@@ -87,7 +90,25 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
         except OSError as error:  # such as a full disk, which writing reports without a name
             error.filename = error.filename or str(folder)
             raise
+        for name in kept:
+            known = folder / name
+            if not (known.is_file() and filecmp.cmp(known, Path(temporary) / name, shallow=False)):
+                raise is_not_own(folder, name)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in reversed(files):  # the record is first in `files` and comes last: once it exists, all files do
-            os.replace(Path(temporary) / name, folder / name)
+        new = [name for name in files if not os.path.lexists(folder / name)]
+        try:
+            for name in reversed(files):  # the record is first in `files` and comes last: once it exists, all files do
+                os.replace(Path(temporary) / name, folder / name)
+        except BaseException:  # no record lists the new files yet
+            for name in new:
+                (folder / name).unlink(missing_ok=True)
+            raise
     return [folder / name for name in files]
+
+
+def is_not_own(folder: Path, name: str) -> InputError:
+    """Return the error for a file that is not of a saved result and would be replaced."""
+    return InputError(
+        f"the folder {folder} holds a file {name} that is not of a saved result, but the result has a file of that "
+        "name: save the result into another folder"
+    )

@@ -1,6 +1,7 @@
 """Where a result is saved: a folder, or one file, as its path says."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import layer_file
+from diffsight.lenses.results.saved_results import check_place
 from models import lens_results
 
 
@@ -98,6 +100,43 @@ def test_a_file_that_is_not_of_a_saved_result_is_kept(images, tmp_path, name):
     images.save(tmp_path)
     images.save(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_files_of_the_same_contents_can_be_replaced(images, figure, tmp_path):
+    images.save(tmp_path / "grid.png")
+    images.to_html(tmp_path / "page.html")
+    assert tmp_path / "lens.json" in images.save(tmp_path)
+    figure.save(tmp_path / "other" / "grid.png")
+    drawn = (tmp_path / "other" / "grid.png").read_bytes()
+    with pytest.raises(InputError, match=r"a file grid\.png that is not of a saved result"):
+        images.save(tmp_path / "other")
+    assert [path.read_bytes() for path in (tmp_path / "other").iterdir()] == [drawn]
+
+
+@pytest.mark.parametrize("renamed", [1, 3])
+def test_an_interrupt_leaves_no_new_file(images, tmp_path, monkeypatch, renamed):
+    calls = []
+
+    def replace(source, target, rename=os.replace):
+        rename(source, target)
+        calls.append(target)
+        if len(calls) == renamed:
+            raise KeyboardInterrupt
+
+    (tmp_path / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        images.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    images.save(tmp_path)
+
+
+def test_a_place_is_refused_for_the_files_of_every_result_alone(tmp_path):
+    (tmp_path / "grid.png").write_text("mine")
+    check_place(tmp_path, "logit_lens")
+    (tmp_path / "page.html").write_text("mine")
+    with pytest.raises(InputError, match=r"a file page\.html that is not of a saved result"):
+        check_place(tmp_path, "logit_lens")
 
 
 def test_a_name_that_is_too_long(images, tmp_path):
