@@ -72,11 +72,11 @@ class Model(Envoy):
 
         Args:
             *args: Arguments of the module. A list of tensors is a batch of inputs, each as you would pass it alone;
-                `run.rows` are its parts. Further lists belong to the same inputs: `trace([a, b], [mask_a, mask_b])`. If
-                the module itself takes a list, name the argument, `trace(views=[a, b])`, unless its annotation says so
-                (`views: list[Tensor]`).
+                `run.rows` are its parts. Further lists of as many tensors belong to the same inputs:
+                `trace([a, b], [mask_a, mask_b])`. If the module itself takes a list, name the argument,
+                `trace(views=[a, b])`, unless its annotation says so (`views: list[Tensor]`).
             grad: Whether to enable gradients. Otherwise the model runs in the grad mode in which the run is opened.
-            **kwargs: Keyword arguments of the module.
+            **kwargs: Keyword arguments of the module. Lists are passed on as they are.
         """
         _check_grad(self._owner, grad)
         again = None if args else partial(self.trace, grad=grad, **kwargs)
@@ -267,7 +267,7 @@ def _batch(called: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
         return args, []
     joined, sizes = [_joined(first, parameters[0])], [len(x) for x in first]
     for place, (value, parameter) in enumerate(zip(args[1:], parameters[1:]), 2):
-        if _is_list_of_rows(value) and not _takes_list(parameter):
+        if _is_list_of_rows(value) and len(value) == len(sizes) and not _takes_list(parameter):
             _check_goes_along(value, parameter, place, sizes)
             value = _joined(value, parameter)
         joined.append(value)
@@ -288,12 +288,13 @@ def _joined(inputs: list[torch.Tensor], parameter: inspect.Parameter | None) -> 
 def _check_goes_along(
     inputs: list[torch.Tensor], parameter: inspect.Parameter | None, place: int, sizes: list[int]
 ) -> None:
-    """Raise InputError unless a further list of tensors certainly has an entry for each input. One of a single tensor
-    may as well be a list that the module takes."""
+    """Raise InputError unless a further list of as many tensors certainly is one of the batch. A list of a single
+    tensor, or for an argument that may be a tuple, could be meant for the module itself."""
     annotation = "" if parameter is None else str(parameter.annotation)
-    is_certain = (len(sizes) > 1 or "Tensor" in annotation) and "uple" not in annotation
+    may_be_tuple = "tuple" in annotation.lower()
+    is_certain = not may_be_tuple and (len(sizes) > 1 or "Tensor" in annotation)
     if [len(x) for x in inputs] != sizes or not is_certain:
-        instead = _by_name(parameter) or "join the first list in this way instead"
+        instead = _by_name(parameter) or "write torch.cat([...]) in place of the first list"
         raise InputError(
             f"argument {place} is a list of tensors as well, and may or may not be part of the batch: if it is, join "
             f"it, torch.cat([...]); if the module itself takes a list, {instead}"

@@ -322,13 +322,22 @@ def test_lists_for_several_arguments_are_one_batch():
 def test_a_further_list_that_may_not_be_of_the_batch():
     net, (a, b, c, d) = TakesTwo(), torch.randn(4, 1, 4)
     told = r"argument 2 is a list .*torch\.cat\(.*takes a list, pass it by name: y=\[\.\.\.\]"
-    for first, second in (([a], [b]), ([a, b], [c, d, d]), ([a, b], [c, torch.cat([d, d])])):
+    for first, second in (([a], [b]), ([a, b], [c, torch.cat([d, d])])):
         with pytest.raises(InputError, match=told):
             Model(net).trace(first, second)
     with pytest.raises(InputError, match=told):
         Model(annotated("tuple[torch.Tensor, torch.Tensor]")).trace([a, b], [c, d])
-    with pytest.raises(InputError, match="takes a list, join the first list"):
+    with pytest.raises(InputError, match=r"takes a list, write torch\.cat\(\[\.\.\.\]\) in place of the first list"):
         Model(net.left).check([a], [b])
+
+
+@pytest.mark.parametrize("annotation", [None, "tuple[torch.Tensor, ...]", "torch.Tensor"])
+def test_a_list_of_another_number_of_tensors_is_not_of_the_batch(annotation):
+    net, (a, b, c, d) = annotated(annotation), torch.randn(4, 1, 4)
+    for first, states in (([a, b], [c]), ([torch.cat([a, b])], [c, d])):
+        with Model(net).trace(first, states) as run:
+            assert run.inputs[0][1] is states
+        assert torch.equal(run.result, net(torch.cat(first), states))
 
 
 @pytest.mark.parametrize(
