@@ -101,6 +101,7 @@ def prepare_inputs(
     left: bool,
     known: set[str],
     beside: Mapping[str, Any] | None = None,
+    writes: bool = False,
 ) -> Inputs:
     """Return a user's input as arguments for the model's forward pass.
 
@@ -111,6 +112,7 @@ def prepare_inputs(
         left: Whether padding goes to the left.
         known: The arguments that a dictionary may hold.
         beside: Arguments passed beside the input. Those that describe the tokens (`PER_TOKEN`) belong to it.
+        writes: Whether they are for `generate`, which infers the mask of token ids of the same length itself.
 
     Raises:
         InputError: The input is empty, longer than the model can take, or of a kind that models do not take.
@@ -118,7 +120,7 @@ def prepare_inputs(
     if isinstance(given, Mapping) and not _is_message(given):
         values = _of_dictionary(type(model).__name__, given, known)
     else:
-        values = _values(tokenizer, given, left)
+        values = _values(tokenizer, given, left, writes)
     for name in PER_TOKEN:
         value = None if beside is None else beside.get(name)
         if value is not None:
@@ -149,7 +151,7 @@ def _positions(model: nn.Module, mask: torch.Tensor) -> dict[str, torch.Tensor]:
 # ---- one function per kind of input
 
 
-def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
+def _values(tokenizer: Any, given: Any, left: bool, writes: bool) -> dict[str, Any]:
     if isinstance(given, str):
         return _of_texts(tokenizer, [given], left)
     if isinstance(given, torch.Tensor):
@@ -157,7 +159,7 @@ def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return _of_chats(tokenizer, [[given]], left)
     if (isinstance(given, Sequence) and not isinstance(given, bytes)) or hasattr(given, "__array__"):
-        return _of_list(tokenizer, list(given), left)
+        return _of_list(tokenizer, list(given), left, writes)
     raise InputError(
         f"a language model takes a string, a list of strings, token ids, a tensor, a dictionary or chat messages, not "
         f"{type(given).__name__}"
@@ -181,7 +183,7 @@ def _of_dictionary(title: str, given: Mapping[str, Any], known: set[str]) -> dic
     return values
 
 
-def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
+def _of_list(tokenizer: Any, given: list, left: bool, writes: bool) -> dict[str, Any]:
     if not given:
         raise InputError("there is no input, because the list is empty")
     kinds = {_kind(item) for item in given}
@@ -194,7 +196,7 @@ def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
         return {"input_ids": torch.tensor([[int(n) for n in given]])}
     if kind == "token ids":
         rows = [_ids(_tensor("token ids", ids)).flatten() for ids in given]
-        if len({len(row) for row in rows}) == 1:  # the same as a tensor of them
+        if writes and len({len(row) for row in rows}) == 1:  # the same as a tensor of them
             return {"input_ids": torch.stack(rows)}
         return pad(rows, padding_token(tokenizer), left)
     if kind == "messages":

@@ -486,7 +486,7 @@ class LanguageModel(Accessors, Model):
             encoded = prepare_inputs(owner, self.tokenizer, dict(kwargs), left, {*kwargs})
         else:
             known = self._names_of_inputs | (self.generation_argument_names if writes else set())
-            encoded = prepare_inputs(owner, self.tokenizer, inputs, left, known, kwargs)
+            encoded = prepare_inputs(owner, self.tokenizer, inputs, left, known, kwargs, writes)
         if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
             raise cannot_ignore_padding(owner)
         return encoded

@@ -80,6 +80,16 @@ def test_generate_finds_the_padding_in_token_ids_as_the_bare_model_does(pass_ids
     assert torch.equal(model.trace(pass_ids(padded)).result.logits, net(padded).logits)  # a forward pass finds none
 
 
+def test_lists_of_token_ids_have_a_mask():
+    net = architectures.build_causal("llama")
+    net.generation_config.pad_token_id = None
+    model, alike = LanguageModel(net), [LONG.tolist(), (LONG + 1).tolist()]
+    with model.trace(alike) as run:
+        assert run.mask.tolist() == [[1] * len(LONG)] * 2 and run.rows[1].mask.tolist() == [[1] * len(LONG)]
+    with model.generate(alike, max_new_tokens=1) as run:
+        assert run.mask is None  # transformers infers none without a padding token
+
+
 def test_roberta_generates_from_several_lengths():
     model = LanguageModel(architectures.build_causal("roberta"))
     arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
