@@ -252,7 +252,7 @@ class Accessors(LayerAccessors):
 
         Raises:
             InputError: An argument is not valid, or `prefill_chunk_size` splits the prompt that is to be steered, or
-                positions count from its beginning, which is in `past_key_values`.
+                the token at a position is not read because it is in `past_key_values`.
         """
         if not isinstance(vector, torch.Tensor) or not vector.ndim or vector.is_complex():
             raise InputError(f"steer takes a tensor of real numbers, (features,), not {described(vector)}")
@@ -263,16 +263,17 @@ class Accessors(LayerAccessors):
             raise InputError("no layers are chosen: pass the number of a layer")
         run = run_meant_by(self, "steer")
         run.check_one_pass_of_prompt("steer")
-        first = next((place for place in places or () if place >= 0), None)
-        if first is not None:
-            run.check_reads_beginning(first)
         if not flow_of(run).is_scan:  # which knows shapes alone
             check_finite(vector)
             check_finite(torch.as_tensor(factor), "the factor")
         mask = None if places is None else self._padding_mask()
+        added = Added(places, mask, run.cached_tokens)
+        tokens = 0 if run.tokens is None else run.tokens.shape[-1]
+        if places is not None and 0 < added.cached < tokens:  # raise an error now, before the model runs
+            added.places(1 if mask is None else len(mask), tokens - added.cached, "steer")
         for index in chosen:
             layer = self._call_of_layer(self._layer(index, "steer"), index, "steer")
-            _part_of_value(layer, FIRST, Added(places, mask)).output = vector * factor
+            _part_of_value(layer, FIRST, added).output = vector * factor
 
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits that the model would compute if `hidden` were the output of its last layer.

@@ -146,15 +146,12 @@ class LanguageRun(GenerationRun):
                 "tokens are read in several: omit prefill_chunk_size"
             )
 
-    def check_reads_beginning(self, position: int) -> None:
-        """Raise InputError if a position, counted from the beginning of the prompt, is chosen where the model reads
-        only the tokens that are not in a cache."""
-        scope, cached = flow_of(self).scope, self._pass._cached
-        if cached and (scope.step <= 0 or not scope.in_step):
-            raise InputError(
-                f"position {position} counts from the beginning of the prompt, but its first {cached} tokens are in "
-                "past_key_values and are not read: omit past_key_values, or count from the end, as in -1"
-            )
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens at the beginning of the prompt are in a cache, so that the pass where the body stands does
+        not read them; 0 after the pass of the prompt."""
+        scope = flow_of(self).scope
+        return self._pass._cached if scope.step <= 0 or not scope.in_step else 0
 
     @property
     def logits(self) -> torch.Tensor:
@@ -359,7 +356,8 @@ class LanguageModel(Accessors, Model):
         warn_if_unread(run, kwargs)
         run._chunk = setting(self._owner, given, "prefill_chunk_size")
         cache = given.get("past_key_values")
-        run._cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        if hasattr(cache, "get_seq_length") and not self.is_encoder_decoder:  # a decoder reads all of its tokens
+            run._cached = int(cache.get_seq_length())
         if is_usual and "custom_generate" not in kwargs:
             most = setting(self._owner, given, "max_new_tokens")
             flow_of(run).clock.count = lambda: most

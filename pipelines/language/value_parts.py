@@ -124,7 +124,7 @@ class Within(ValuePart):
         return self.outer.put(whole, self.inner.put(part, value, path, copies), path, copies)
 
 
-@sent_as("added", "positions", "mask")
+@sent_as("added", "positions", "mask", "cached")
 class Added(ValuePart):
     """Adds the assigned tensor to the value instead of replacing the value, at some or all positions.
 
@@ -132,10 +132,12 @@ class Added(ValuePart):
         positions: The positions, or None for all.
         mask: 1 for real tokens and 0 for padding, `(rows, tokens)`. In a value with the same number of tokens,
             positions count only the real tokens of each row. None if there is no padding.
+        cached: How many tokens come before those of the value, because they are in a cache. Positions and the mask
+            include them.
     """
 
-    def __init__(self, positions: list[int] | None, mask: torch.Tensor | None = None) -> None:
-        self.positions, self.mask = positions, mask
+    def __init__(self, positions: list[int] | None, mask: torch.Tensor | None = None, cached: int = 0) -> None:
+        self.positions, self.mask, self.cached = positions, mask, cached
 
     def put(
         self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: dict[int, torch.Tensor]
@@ -156,18 +158,19 @@ class Added(ValuePart):
         if self.positions is None:
             return whole + value
         if whole.ndim < 3:  # (tokens, features)
-            whole[self._in_row([*range(whole.shape[-2])], path)] += value
+            whole[self.places(1, whole.shape[-2], path)[0]] += value
             return whole
-        for row, places in enumerate(self._places(whole, path)):
+        for row, places in enumerate(self.places(len(whole), whole.shape[-2], path)):
             whole[row, ..., places, :] += value if value.ndim < whole.ndim else value[row if len(value) > 1 else 0]
         return whole
 
-    def _places(self, whole: torch.Tensor, path: object) -> list[list[int]]:
-        """Return the indices of the positions in each row of a value. Unlike positions, indices count padding."""
-        rows, length = len(whole), whole.shape[-2]
-        mask = self.mask
-        if mask is None or mask.shape[-1] != length or rows % len(mask):
-            mask = torch.ones(rows, length)
+    def places(self, rows: int, length: int, path: object) -> list[list[int]]:
+        """Return the indices of the positions in each row of a value. Unlike positions, indices count padding.
+
+        Raises InputError if there is no such position, or the value does not have it since it is in a cache."""
+        mask, tokens = self.mask, self.cached + length
+        if mask is None or mask.shape[-1] != tokens or rows % len(mask):
+            mask = torch.ones(rows, tokens)
         mask = mask.repeat_interleave(rows // len(mask), 0)  # a row for each beam
         return [self._in_row(row.nonzero().flatten().tolist(), path) for row in mask]
 
@@ -177,7 +180,12 @@ class Added(ValuePart):
                 raise InputError(
                     f"{path}: there is no position {position}, because the sequence has {len(real)} tokens"
                 )
-        return [real[position] for position in self.positions]
+            if real[position] < self.cached:
+                raise InputError(
+                    f"{path}: the token at position {position} is not read, because the first {self.cached} tokens of "
+                    "the prompt are in past_key_values: omit past_key_values, or choose a later position"
+                )
+        return [real[position] - self.cached for position in self.positions]
 
 
 def _check_tensor(before: torch.Tensor, value: Any, path: str) -> None:

@@ -158,12 +158,45 @@ def test_positions_in_a_prompt_whose_beginning_is_in_a_cache():
     with hooked(net.model.layers[0], add):
         expected = net.generate(tokens, past_key_values=stored, **arguments).logits[0]
     model = LanguageModel(net)
-    with model.generate(tokens, past_key_values=cache(), **arguments) as run:
-        run.steer(0, vector, positions=-2)
-    assert torch.equal(run.result.logits[0], expected)
-    with pytest.raises(InputError, match=r"position 6 counts from the beginning .* first 3 tokens are in past_key"):
+    for position in (-2, 6):
         with model.generate(tokens, past_key_values=cache(), **arguments) as run:
-            run.steer(0, vector, positions=[-1, 6])
+            run.steer(0, vector, positions=position)
+        assert torch.equal(run.result.logits[0], expected)
+    for position, told in (
+        (2, "the token at position 2 is not read, because the first 3 tokens .* are in past_key_values"),
+        (-6, "the token at position -6 is not read, because the first 3 tokens"),
+        (8, "there is no position 8, because the sequence has 8 tokens"),
+    ):
+        with model.generate(tokens, past_key_values=cache(), **arguments) as run:
+            with pytest.raises(InputError, match=f"steer: {told}"):
+                run.steer(0, vector, positions=[-1, position])
+
+
+def test_positions_beside_a_cache_of_a_decoder_that_reads_all_its_tokens():
+    net, read, begun = t5(), torch.arange(5)[None] + 3, torch.arange(4)[None]
+    cache = net(input_ids=read, decoder_input_ids=begun[:, :3], use_cache=True).past_key_values
+    arguments = {"decoder_input_ids": begun, "past_key_values": cache, "max_new_tokens": 1, "do_sample": False}
+    with LanguageModel(net).generate(read, **arguments) as run:
+        before = run.layers_output[0].clone()
+        run.steer(0, torch.ones(before.shape[-1]), positions=3)
+        added = run.layers_output[0] - before
+    assert added.sum(-1).nonzero()[:, 1].unique().tolist() == [3]
+
+
+def test_positions_in_padded_prompts_whose_beginning_is_in_a_cache():
+    net, vector = llama(), torch.ones(32)
+    tokens, mask = torch.arange(16).reshape(2, 8) + 3, torch.ones(2, 8).long()
+    mask[0, :3] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 1, "do_sample": False}
+    cache = net(tokens[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
+    with LanguageModel(net).generate(tokens, past_key_values=cache, **arguments) as run:
+        with pytest.raises(InputError, match="the token at position 2 is not read"):  # of the second row
+            run.steer(0, vector, positions=2)
+        before = run.layers_output[0].clone()
+        run.rows[0].steer(0, vector, positions=0)
+        run.steer(0, vector, positions=4)
+        added = run.layers_output[0] - before
+    assert added.sum(-1).nonzero().tolist() == [[0, 0], [0, 4], [1, 1]]
 
 
 @pytest.mark.parametrize("positions", [None, -1, 0])
