@@ -88,6 +88,9 @@ def test_lists_of_token_ids_have_a_mask():
         assert run.mask.tolist() == [[1] * len(LONG)] * 2 and run.rows[1].mask.tolist() == [[1] * len(LONG)]
     with model.generate(alike, max_new_tokens=1) as run:
         assert run.mask is None  # transformers infers none without a padding token
+    net.generation_config.pad_token_id = LONG[0].item()
+    with model.generate([LONG.tolist(), LONG[:2].tolist()], max_new_tokens=1) as run:
+        assert run.mask.sum(1).tolist() == [len(LONG), 2]  # lists of different lengths hold real tokens only
 
 
 def test_roberta_generates_from_several_lengths():
