@@ -52,8 +52,7 @@ class Clock:
 
     @property
     def has_steps(self) -> bool:
-        """Whether the model has begun a step, as far as is known: where each forward pass is one, a single pass may be
-        all of the run."""
+        """Whether steps are known to exist; a single forward pass is not counted as one."""
         return self.index > 0 or (self.index == 0 and bool(self.ends))
 
     @property
