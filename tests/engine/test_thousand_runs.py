@@ -58,4 +58,6 @@ def test_a_thousand_runs_leave_nothing():
     tracemalloc.stop()
     assert footprint(net) == hooked and not tree_of(model).open_runs.open()
     assert not held  # no tensor of any run is kept
+    # What is kept for the known layouts takes about 110 kB on Python 3.13 and 40 kB on 3.11. It doesn't grow from the
+    # first thousand runs to the fourth.
     assert size < 200_000, f"{size} bytes more than before a thousand runs"
