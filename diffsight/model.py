@@ -19,7 +19,7 @@ from diffsight.edits import Edit, Editing, Edits, check_no_edit, start_edit
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.run_to_point import Flow
-from diffsight.engine.scan import ScanFlow, is_scanning, scanning, with_copies
+from diffsight.engine.scan import ScanFlow, is_scanning, scanning
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import with_gradients
 from diffsight.engine.wrapped_modules import unwrapped
@@ -129,17 +129,10 @@ class Model(Envoy):
         have a shape, a dtype and a device. The modules of a pipeline return zeros to it, on the same device, so the
         pipeline's images are refused. Integer and boolean inputs stay real. In the body of the `with` statement,
         computing with such values, with weights or with other tensors returns fake tensors as well. Caches and
-        other objects among the arguments stay as they are, since the model gets copies. A pipeline gets copies of
-        caches and random generators only.
+        random generators among the arguments stay as they are, since the model gets copies.
 
         Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
-        return self._scanning(getattr(self, self._tree.opens_with), *args, **kwargs)
-
-    def _scanning(self, function: Callable[..., Run], /, *args: Any, **kwargs: Any) -> Run:
-        """Call a function that opens a run; the run is a scan."""
-        if not isinstance(self._owner, nn.Module):
-            args, kwargs = with_copies((args, kwargs))
-        return scanning(function, *args, **kwargs)
+        return scanning(getattr(self, self._tree.opens_with), *args, **kwargs)
 
     def _generating(self) -> Callable[..., Any]:
         function = getattr(self._owner, "generate", None)
@@ -163,7 +156,7 @@ class Model(Envoy):
         kind = Flow
         if is_scanning():
             kind = partial(ScanFlow, stand_ins=self._tree.stand_ins())
-            again = again and partial(self._scanning, again)
+            again = again and partial(scanning, again)
         flow = kind(function, self._tree)
         if grad:
             flow.state = flow.state.with_grad()

@@ -8,9 +8,9 @@ PyTorch's fake tensors, which have a shape, a dtype and a device and no values. 
 its fake tensors are replaced with zeros. What runs between components, such as tokenizers, schedulers and
 post-processing, therefore computes for real, on zeros.
 
-Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. What else the
-modules hold as attributes is replaced with copies until the end, so the model changes these. Also undone at the end are
-the draws from the global random generators and from those that modules hold.
+Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. Changes that are
+made meanwhile to what the modules hold as attributes are undone at the end, and so are the draws from the global random
+generators and from those that modules hold. Caches and random generators among the arguments are copied.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,49 +22,53 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.opaque_values import is_cache
 from diffsight.engine.random_generators import generators_of, kept_generators
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.scan_errors import modules_with_paths
 from diffsight.engine.scan_mode import ScanMode
-from diffsight.engine.scan_state import ModuleStates
-from diffsight.engine.structural_copy import TensorsCopiedBy, copied_tensor, deep_copied
+from diffsight.engine.scan_state import HeldState
+from diffsight.engine.structural_copy import ComputedTensorsCopied, deep_copied
 from diffsight.engine.target import Target, all_modules
 from diffsight.engine.torch_state import TorchState
 from diffsight.errors import ScanError
 
-_scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
+# The objects that a scan gets as arguments; None where a run is not a scan.
+_scanning: ContextVar[list[Any] | None] = ContextVar("diffsight_scanning", default=None)
 
 
 def scanning(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call a function; the runs that it opens are scans."""
-    # In a context of its own, which ends with the call, even if that raises.
-    return copy_context().run(_call_scanning, function, args, kwargs)
-
-
-def with_copies(call: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    """Return the arguments of a call of a pipeline with copies of the caches and random generators among them. The
-    pipeline counts on its modules to fill the caches that they get, so these are not copied later, as in a scan of a
-    module."""
+    """Call a function; the runs that it opens are scans. It gets copies of caches and random generators."""
+    objects: list[Any] = []
     memo: dict[int, Any] = {}
-    with TensorsCopiedBy(copied_tensor):
-        return tree_map(lambda value: deep_copied(value, memo) if _is_copied(value) else value, call)
+
+    def copied(argument: Any) -> Any:
+        if any(map(_is_copied, tree_leaves(argument))):
+            return tree_map(lambda value: deep_copied(value, memo) if _is_copied(value) else value, argument)
+        if not isinstance(argument, torch.Tensor):
+            objects.append(argument)
+        return argument
+
+    with ComputedTensorsCopied():
+        args, kwargs = tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
+    # In a context of its own, which ends with the call, even if that raises.
+    return copy_context().run(_call_scanning, objects, function, args, kwargs)
 
 
 def _is_copied(value: Any) -> bool:
     return is_cache(value) or isinstance(value, torch.Generator)
 
 
-def _call_scanning(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    _scanning.set(True)
+def _call_scanning(objects: list[Any], function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    _scanning.set(objects)
     return function(*args, **kwargs)
 
 
 def is_scanning() -> bool:
     """Return whether a run that is opened now is a scan."""
-    return _scanning.get()
+    return _scanning.get() is not None
 
 
 class ScanFlow(Flow):
@@ -87,8 +91,9 @@ class ScanFlow(Flow):
         self.body_mode = self._mode = ScanMode(components, self._modules)
         is_pipeline = not isinstance(self.tree.root.owner, nn.Module)
         self._border = self._mode.call_between if is_pipeline else self._mode.call_on_shapes
-        self._states = ModuleStates(self._modules)
-        self.function = partial(_call_in_mode, self._mode, self._states, self.function, is_pipeline)
+        self._arguments = _scanning.get() or []
+        self._state = HeldState()
+        self.function = partial(_call_in_mode, self._mode, self.function, is_pipeline)
         self._components = components
         self._generators: list[Any] = []
         self._eager: EagerStance | None = None
@@ -99,9 +104,9 @@ class ScanFlow(Flow):
     def _start(self) -> None:
         if self.taps:
             return
-        self._mode.note_weights(self._modules)
-        self._states.note()
-        self._generators = generators_of(self._modules)
+        self._state.note(self._modules, self._arguments)
+        self._mode.note_weights(self._state.modules, self._state.large)
+        self._generators = generators_of(self._state.modules)
         if any(_is_compiled(module) for module in self._modules):
             self._eager = EagerStance()
         super()._start()
@@ -124,7 +129,7 @@ class ScanFlow(Flow):
             state.without_mode(self._mode).restore(state)
 
     def _put_back(self) -> None:
-        self._states.restore()
+        self._state.restore()
         if self._eager is not None:
             eager, self._eager = self._eager, None
             eager.leave()
@@ -140,8 +145,7 @@ def _check_no_lazy_modules(components: Sequence[Target]) -> None:
             )
 
 
-def _call_in_mode(mode: ScanMode, states: ModuleStates, function: Callable[[], Any], is_pipeline: bool) -> Any:
-    states.use_copies()
+def _call_in_mode(mode: ScanMode, function: Callable[[], Any], is_pipeline: bool) -> Any:
     with mode:
         return mode.without_values(function()) if is_pipeline else function()
 

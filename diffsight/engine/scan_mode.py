@@ -33,7 +33,6 @@ A fake tensor enters the `FakeTensorMode` by itself, for one operation.
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -45,10 +44,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.coroutine import current_owner
-from diffsight.engine.opaque_values import NOT_LOOKED_INTO
 from diffsight.engine.scan_errors import Unreported, is_about_values, values_needed
 from diffsight.engine.scan_fakes import Fakes, Zeros
-from diffsight.engine.structural_copy import TensorsCopiedBy, deep_copied
 from diffsight.engine.target import Target
 
 
@@ -60,48 +57,41 @@ class ScanMode(TorchFunctionMode):
         modules: all modules inside the components.
     """
 
-    def __init__(self, components: Sequence[Target], modules: Sequence[nn.Module]) -> None:
+    def __init__(self, components: Sequence[Target], modules: Iterable[nn.Module]) -> None:
         self._components = components
-        self._modules = modules
         self._fakes = Fakes()
         self._depth = 0  # calls of components under way
         self._unknown: dict[int, torch.Tensor] = {}  # by id: tensors that a fake one replaces wherever they are used
         self._twins: dict[int, FakeTensor] = {}  # by id of such a tensor
         self.note_weights(modules)
 
-    def note_weights(self, modules: Iterable[nn.Module]) -> None:
-        """Note which tensors are weights."""
+    def note_weights(self, modules: Iterable[nn.Module], others: Iterable[torch.Tensor] = ()) -> None:
+        """Note which tensors are weights: those of the modules, and others that are to be treated alike."""
         tensors = chain.from_iterable(chain(m._parameters.values(), m._buffers.values()) for m in modules)
         self._twins.clear()
-        self._unknown = {id(tensor): tensor for tensor in tensors if tensor is not None}
+        self._unknown = {id(tensor): tensor for tensor in (*tensors, *others) if tensor is not None}
         loaded = (tensor.device for tensor in self._unknown.values() if not tensor.is_meta)
         self._fakes.device = next(loaded, self._fakes.device)
 
     def call_on_shapes(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call a component with fake tensors, and return the fake tensors that it returns. Objects among the arguments,
-        such as caches, are copied, with fake tensors in the copies."""
+        """Call a component with fake tensors, and return the fake tensors that it returns."""
         if self._depth:
             return function(*args, **kwargs)
-        memo: dict[int, Any] = {id(module): module for module in self._modules}
-        with TensorsCopiedBy(self._enter):
-            args, kwargs = tree_map(partial(self._enter_all, memo=memo), (args, kwargs))
-        return self._call_inside(function, args, kwargs)
+        fake_args, fake_kwargs = tree_map(self._enter, (args, kwargs))
+        self._depth += 1
+        try:
+            return function(*fake_args, **fake_kwargs)
+        finally:
+            self._depth -= 1
 
     def call_between(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Call a component of a pipeline, and return zeros in place of the fake tensors that it returns."""
         if self._depth:
             return function(*args, **kwargs)
-        output = self._call_inside(function, *tree_map(self._enter, (args, kwargs)))
+        output = self.call_on_shapes(function, args, kwargs)
         zeros = Zeros(self._fakes)
         zeros((args, kwargs))  # in objects that the component has written to, such as caches
         return zeros(output)
-
-    def _call_inside(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        self._depth += 1
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self._depth -= 1
 
     def without_values(self, result: Any) -> Any:
         """Return a result that a pipeline has computed from zeros, with fake tensors in place of its tensors."""
@@ -110,11 +100,6 @@ class ScanMode(TorchFunctionMode):
         for name, value in list(result.items()):  # in place: not every output object can be made from its items
             result[name] = _each(value, self._fake_if_float)
         return result
-
-    def _enter_all(self, value: Any, memo: dict[int, Any]) -> Any:
-        """Return a value as a component gets it, with copies of objects. `memo` is as for `copy.deepcopy`."""
-        is_copied = isinstance(value, torch.Generator) or not isinstance(value, (torch.Tensor, *NOT_LOOKED_INTO))
-        return deep_copied(value, memo) if is_copied else self._enter(value)
 
     def _enter(self, value: Any) -> Any:
         """Return a value as a component gets it. Integer tensors are copied, since the component may write to them."""
@@ -193,7 +178,10 @@ class ScanMode(TorchFunctionMode):
         """Return the fake tensor in place of a weight, and any other tensor as it is."""
         twin = self._twins.get(id(tensor))
         if twin is None and id(tensor) in self._unknown:
-            twin = self._twins[id(tensor)] = self._fakes.of_weight(tensor)
+            twin = self._fakes.of_weight(tensor)
+            if not tensor.is_leaf:
+                twin = twin.clone()  # with gradients, a leaf cannot be changed in place
+            self._twins[id(tensor)] = twin
         return tensor if twin is None else twin
 
     def _forget_values(self, *written: Any) -> None:

@@ -84,20 +84,13 @@ def without_global_hooks() -> Iterator[None]:
                 hooks[key] = hook
 
 
-class TensorsCopiedBy(TorchFunctionMode):
-    """Within the block, `copy.deepcopy` copies tensors by a function of one's own."""
-
-    def __init__(self, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self._copied = copied
+class ComputedTensorsCopied(TorchFunctionMode):
+    """Within the block, `copy.deepcopy` also copies tensors computed with gradients, without their history."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return self._copied(args[0]) if function is torch.Tensor.__deepcopy__ else function(*args, **(kwargs or {}))
-
-
-def copied_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of any tensor, also of one that was computed with gradients."""
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        if function is torch.Tensor.__deepcopy__:
+            return args[0].detach().requires_grad_(args[0].requires_grad).clone()  # no leaf: may be changed in place
+        return function(*args, **(kwargs or {}))
 
 
 def _fill(copied: nn.Module, module: nn.Module, memo: dict[Any, Any]) -> None:
@@ -106,23 +99,14 @@ def _fill(copied: nn.Module, module: nn.Module, memo: dict[Any, Any]) -> None:
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers", "_modules"):
             held[name] = {key: memo.get(id(one)) for key, one in value.items()}
-        elif _is_of_hooks(name):
+        elif name.endswith("_hooks") or "_hooks_" in name:
             held[name] = OrderedDict() if isinstance(value, dict) else copy.copy(value)
-        elif is_copied(name):
+        elif name not in _CALLED:
             held[name] = deep_copied(value, memo)
     vars(copied).update(held)
     if type(copied) is not type(module):
         vars(copied)["forward"] = memo[id(unwrapped(module))].__call__
         vars(copied)["_compiled_call_impl"] = None
-
-
-def is_copied(name: str) -> bool:
-    """Whether an attribute of a module is copied along with it: not a table of hooks, or what libraries put there."""
-    return name not in _CALLED and not _is_of_hooks(name)
-
-
-def _is_of_hooks(name: str) -> bool:
-    return name.endswith("_hooks") or "_hooks_" in name
 
 
 def _plain_class(module: nn.Module) -> type:

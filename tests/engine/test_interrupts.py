@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffsight
 from diffsight import Model
+from diffsight.engine.scan_state import HeldState
 from diffsight.engine.torch_state import saved_tensor_hooks
 
 ENGINE = str(Path(diffsight.__file__).parent)
@@ -48,6 +49,7 @@ def state():
         torch.is_autocast_enabled("cpu"),
         torch._C._len_torch_function_stack(),
         torch.get_rng_state().tolist(),
+        len(HeldState._open),
     )
 
 
@@ -57,7 +59,7 @@ class Moody(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.steps = 0
+        self.steps, self.seen = 0, [torch.zeros(1)]
 
     def forward(self, x):
         self.steps += 1

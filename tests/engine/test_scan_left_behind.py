@@ -1,5 +1,6 @@
 """A scan leaves the model as it was, however it ends."""
 
+import dataclasses
 import gc
 import random
 import weakref
@@ -149,6 +150,75 @@ def test_state_after_two_scans_at_once(x, first):
     for index in (first, 1 - first):
         assert is_fake(runs[index].result)
     assert remembered(net) == before and all(vars(net)[name] is value for name, value in held.items())
+
+
+class Slotted:
+    __slots__ = ("count", "last")
+
+    def __init__(self):
+        self.count = 0
+
+
+class Tracker:
+    """An object that other code holds too."""
+
+    def __init__(self):
+        self.seen, self.slots, self.repeats, self.beside = [], Slotted(), 1, nn.BatchNorm1d(WIDTH)
+
+
+TRACKER, NO_MASK = Tracker(), object()
+
+
+class Comparing(nn.Module):
+    """A module that compares what it holds and gets by identity, and that reaches objects from elsewhere too."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.tracker, self.options, self.feats = linear(), TRACKER, {"mask": NO_MASK}, []
+        self.default, self.copies, self.flag = dataclasses.MISSING, {"lin": [self.lin]}, torch.zeros(3)[1]
+        self.lin.register_forward_hook(lambda module, args, output, feats=self.feats: feats.append(output))
+        self.large = torch.zeros(WIDTH, 2**17)
+
+    def forward(self, x, mask=NO_MASK, tracker=None):
+        self.feats.clear()
+        self.tracker.repeats, self.tracker.slots.count, self.tracker.slots.last = 3, 1, x
+        self.flag.data.add_(1), self.large.add_(1)
+        self.tracker.beside.num_batches_tracked.add_(1)
+        known = [self.default is dataclasses.MISSING, self.options["mask"] is NO_MASK, mask is NO_MASK]
+        known += [tracker in (None, TRACKER), self.copies["lin"][0] is self.lin]
+        x = self.tracker.beside(self.lin(x.repeat(sum(known) + TRACKER.repeats, 1)))
+        self.tracker.seen.append(x)
+        return torch.cat([x, *self.feats])
+
+
+@pytest.mark.parametrize("given", [{}, {"mask": NO_MASK, "tracker": TRACKER}])
+def test_objects_are_the_same_in_a_scan_and_afterwards(x, given):
+    net = Comparing()
+    held, options = dict(vars(net)), net.options
+    with Model(net).scan(x, **given) as run:
+        assert run.lin.output.shape == (16, WIDTH)
+    assert run.result.shape == (32, WIDTH)
+    assert all(vars(net)[name] is value for name, value in held.items()) and net.options is options
+    assert (TRACKER.seen, TRACKER.repeats, TRACKER.slots.count, net.feats) == ([], 1, 0, [])
+    assert not hasattr(TRACKER.slots, "last") and TRACKER.beside.num_batches_tracked == 0
+    assert net.flag == 0 and not net.large.any()
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, inputs(0))])
+def test_torch_script(x, compiled):
+    net = nn.Sequential(compiled(linear()), linear())
+    right = net(x)
+    assert Model(net).scan(x).result.shape == right.shape
+    assert torch.equal(net(x), right)
+
+
+def test_memory_of_tensors_is_restored_without_a_change_that_autograd_counts(x):
+    net = Calling(lambda self, x: self.part(x) * self.scale, part=linear())
+    net.scale = torch.ones(WIDTH)
+    loss = net(x).sum()
+    assert is_fake(Model(net).scan(x).result)
+    loss.backward()
+    assert net.part.weight.grad is not None
 
 
 def caches(net):
