@@ -199,6 +199,8 @@ class _Memory:
         self._copied = self._memory.clone()
 
     def restore(self) -> None:
+        if self._memory.nbytes() != self._copied.nbytes():
+            self._memory.resize_(self._copied.nbytes())
         self._memory.copy_(self._copied)
 
 
