@@ -191,9 +191,6 @@ class Part(Selection):
         is_second = tensor.ndim == 3 and tensor.shape[1] == self.total
         return tensor.ndim > 0 and (tensor.shape[0] > 1 or self.total == 1 or is_second)
 
-    def _look_at(self, value: Any, path: object) -> None:
-        """Called with a value before its tensors are looked at one by one."""
-
     def _slice_of(self, tensor: torch.Tensor, path: object) -> slice:
         if tensor.layout in _SPARSE:
             raise _uncuttable(path, "sparse")
